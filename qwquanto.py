@@ -1,0 +1,1734 @@
+#!/usr/bin/env python
+"""What does Quanto do to my model on my machine, and does it keep its promises?
+
+Loads a causal language model quantized by Hugging Face's Quanto, runs one question five times and reports speed,
+memory and, in a comparison, quality.
+
+    python qwquanto.py                    # the model and the precision of the constants below
+    python qwquanto.py --random-weights   # the same modules, bytes and speed, and nothing to download
+    python qwquanto.py --compare          # none, float8, int8, int4 and int2 beside each other
+
+Every number, as it is named in the report and in the JSON (seconds and bytes there, None where unknown):
+
+    TTFT             time to first token: from the call of generate() until the host knows the first new token
+    decode tokens/s  (new tokens - 1) / (time of the last token - time of the first): N tokens have N-1 intervals
+    inter-token      the gaps between tokens; percentiles pool all timed runs
+    latency          the whole generate() call, device synchronized at both ends
+    tokens/s         new tokens / latency: the plain figure that most scripts print
+    prefill          512 prompt tokens / time to first token (llama-bench's pp512), a measurement of its own
+    weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
+    saved            1 - weights / the same model in its checkpoint's dtype
+    allocated        bytes in torch's tensors; reserved: what torch's allocator holds; used: the whole device (NVML)
+    RSS              physical memory of this process: mapped files and freed heap count too, so it is not the model
+    MBU              memory bandwidth utilization: bytes that decode must read a second (weights + KV cache) over
+                     what this device's memory delivers, measured before the model is loaded
+    energy           difference of the GPU's own energy counter over a run of at least one second
+    KL               mean KL(unquantized || quantized) in nats over the unquantized model's greedy answer
+    same top token   share of those positions at which both models rank the same token first, 95 % Wilson interval
+
+Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one reads every
+weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.
+"""
+
+from __future__ import annotations
+
+# ------------------------------------------------------------------------------------------------- constants
+# Edit these; each is also a flag: MAX_LENGTH = --max-length.
+MODEL_NAME: str = "Qwen/Qwen2.5-3B"  # Hub id or local folder: "Qwen/Qwen2.5-7B", "./my-model"
+WEIGHTS: str | None = "int8"  # "float8", "int8", "int4", "int2", or None: as stored (--weights none)
+COMPARE: tuple = ()  # precisions to compare; --compare alone: none float8 int8 int4 int2
+DEVICE: str = "auto"  # "cuda", "cuda:1", "mps", "cpu"; auto: what works, one GPU if the model fits it
+DTYPE: str = "auto"  # the checkpoint's own; "float16" for GPUs before Ampere, "bfloat16", "float32"
+COMPILE: bool = False  # compile the decode step (static cache, CUDA graphs); costs minutes at the start
+RANDOM_WEIGHTS: bool = False  # no download: speed and memory hold, text and quality do not
+QUESTION: str = "如何计算矩阵的行列式？请详细解释计算步骤。"  # the prompt
+CHAT: bool = False  # wrap the question in the model's chat template (Instruct models)
+RUNS: int = 5  # timed runs
+WARMUP_RUNS: int = 1  # untimed runs of 16 tokens before them, shown apart
+MAX_LENGTH: int = 2048  # prompt + new tokens
+MAX_SECONDS: float = 60  # a run also ends here, so that a slow machine finishes too
+COMPARE_TOKENS: int = 128  # new tokens of every run in a comparison: the same work for each precision
+QUALITY_TOKENS: int = 256  # length of the reference answer that quality is judged on; 0: skip quality
+TEMPERATURE: float = 0.7  # of the sampling; lower is more deterministic
+DO_SAMPLE: bool = True  # False: greedy
+SEED: int = 0  # run i is seeded with SEED + i
+TRUST_REMOTE_CODE: bool = False  # True runs code from the model's repository; Qwen2.5 needs none
+RESULTS: str | None = None  # file for all numbers as JSON; "-": standard output
+# -----------------------------------------------------------------------------------------------------------
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+PRECISIONS = ("none", "float8", "int8", "int4", "int2")
+BITS = {"none": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
+PREFILL_TOKENS = 512  # as llama-bench's pp512
+WARMUP_TOKENS = 16
+KEEPS, BREAKS = 0.05, 0.5  # nats of KL: below the first answers are kept, above the second they are broken
+UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
+PROMISED = {  # by Quanto's documentation, against 16 bit
+    "memory saved": "50-60 %", "16-bit speed": "90-95 %", "quality (KL)": "very close", "torch.compile": "+20-30 %",
+}  # fmt: skip
+SILENCE_S = 900  # a precision of a comparison that says nothing for so long is taken to hang
+QWEN2_5_3B = dict(  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs no network
+    model_type="qwen2", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+    num_key_value_heads=2, vocab_size=151936, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768,
+    max_window_layers=36, use_sliding_window=False, tie_word_embeddings=True, bos_token_id=151643,
+    eos_token_id=151643, dtype="bfloat16",
+)  # fmt: skip
+
+Tell = Callable[
+    ..., None
+]  # tell(text): a line for good; tell(text, live=True): a line that the next one replaces
+
+
+class Failure(Exception):
+    """What went wrong and what to do about it, in one line for the user."""
+
+
+class Unavailable(Failure):
+    """This machine lacks something that this precision needs: a row of a comparison, no failure."""
+
+
+# -------------------------------------------------------------------------------------------------- settings
+
+HINTS = {name: hint for name, hint in typing.get_type_hints(sys.modules[__name__]).items() if name.isupper()}
+Settings = dataclasses.make_dataclass(
+    "Settings", [(name.lower(), hint, globals()[name]) for name, hint in HINTS.items()], frozen=True
+)
+Settings.__doc__ = "A frozen snapshot of the constants: one field each, in lower case."
+Settings.__module__ = __name__  # a spawned process finds the class where it is defined
+
+
+def convert(text: str, hint: typing.Any) -> typing.Any:
+    """The value that a flag's text means for a constant of this type, or the text itself: `check` will complain."""
+    if text.lower() == "none" and type(None) in typing.get_args(hint):
+        return None
+    try:
+        return hint(text) if hint in (int, float) else text
+    except ValueError:
+        return text
+
+
+def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
+    """Settings from the constants and their flags, and whether --debug was given; flags come from the constants."""
+    comments = dict(re.findall(r"^([A-Z_]+): .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    parser = argparse.ArgumentParser(
+        "qwquanto.py", "python qwquanto.py [--FLAG VALUE ...]", __doc__.split("\n\n")[0], allow_abbrev=False
+    )
+    for name, hint in HINTS.items():
+        flag, default = "--" + name.lower().replace("_", "-"), globals()[name]
+        shown = f"{comments.get(name, '')} (now: {default})".replace("%", "%%")
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=shown)
+        elif hint is tuple:
+            parser.add_argument(flag, nargs="*", default=default, metavar="WEIGHTS", help=shown)
+        else:
+            to = lambda text, hint=hint: convert(text, hint)  # noqa: E731
+            parser.add_argument(flag, type=to, default=default, metavar=name.split("_")[-1], help=shown)
+    parser.add_argument(
+        "--debug", action="store_true", help="show tracebacks and the libraries' own messages"
+    )
+    flags = vars(parser.parse_args(argv))
+    debug = flags.pop("debug")
+    if flags["compare"] == []:
+        flags["compare"] = PRECISIONS
+    flags["compare"] = tuple(flags["compare"]) if isinstance(flags["compare"], list) else flags["compare"]
+    return Settings(**flags), debug
+
+
+def writable(path: str) -> bool:
+    """Whether a file can be written at this path; leaves none behind."""
+    try:
+        tempfile.TemporaryFile(dir=Path(path).absolute().parent).close()
+        return not Path(path).is_dir() and (not Path(path).exists() or os.access(path, os.W_OK))
+    except OSError:
+        return False
+
+
+def is_model(name: str) -> bool:
+    """Whether this is a folder with a model, or can be a model's id on the Hub."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return (folder / "config.json").is_file()
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
+
+
+def at_least(least: int) -> tuple[Callable[[typing.Any], bool], str]:
+    return lambda v: type(v) is int and v >= least, f"a whole number from {least} on"
+
+
+ONE_OF = f"one of {', '.join(PRECISIONS)}"
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+RULES = {  # constant -> does it hold, and what is allowed
+    "MODEL_NAME": (is_model, "a Hub id like Qwen/Qwen2.5-3B or a folder with a config.json"),
+    "WEIGHTS": (lambda v: (v or "none") in PRECISIONS, ONE_OF),
+    "COMPARE": (
+        lambda v: {p or "none" for p in v} <= set(PRECISIONS) and len(set(v)) == len(v),
+        f"each {ONE_OF}",
+    ),
+    "DEVICE": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cuda, cuda:N, mps or cpu"),
+    "DTYPE": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "QUESTION": (lambda v: v.strip(), "some text"),
+    "RUNS": at_least(1),
+    "WARMUP_RUNS": at_least(0),
+    "MAX_LENGTH": at_least(2),
+    "MAX_SECONDS": (lambda v: v > 0, "a number above 0"),
+    "COMPARE_TOKENS": at_least(2),
+    "QUALITY_TOKENS": at_least(0),
+    "TEMPERATURE": (lambda v: v > 0, "a number above 0 (for greedy decoding set DO_SAMPLE to False)"),
+    "SEED": at_least(0),
+    "RESULTS": (lambda v: v in (None, "-") or writable(v), "a file that can be written, or -"),
+}
+
+
+def check(s: Settings) -> list[str]:
+    """Everything that is impossible about the settings, each with what is allowed; imports no library."""
+    rules = {
+        name: (lambda v: type(v) is bool, "True or False") for name, hint in HINTS.items() if hint is bool
+    }
+    problems = []
+    for name, (holds, allowed) in (RULES | rules).items():
+        value = getattr(s, name.lower())
+        try:
+            right = holds(value)
+        except (TypeError, AttributeError):  # a constant edited to another type
+            right = False
+        if not right:
+            problems.append(f"{name} must be {allowed}, not {value!r}")
+    return problems
+
+
+# --------------------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation. Seconds, joules; None where unknown. Defined in the docstring at the top."""
+
+    seed: int
+    prompt_tokens: int
+    generated_tokens: int
+    stop_reason: str  # eos, length or time
+    latency_s: float
+    ttft_s: float | None
+    decode_tokens_per_s: float | None
+    tokens_per_s: float
+    inter_token_s: list[float]
+    energy_j: dict[str, float] | None = None  # device -> joules
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One quantized model against the unquantized one, over `positions` tokens of the latter's greedy answer."""
+
+    positions: int
+    kl_divergence: float
+    same_top_token: float
+    low: float  # 95 % Wilson interval of same_top_token
+    high: float
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What torch.compile did: seconds before the first timed run, graphs, recompilations within timed runs."""
+
+    seconds: float
+    graphs: int
+    recompilations: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything known about one configuration; grows while it is measured. Bytes and seconds, None: unknown."""
+
+    settings: Settings
+    environment: dict[str, str] = field(default_factory=dict)
+    devices: list[str] = field(default_factory=list)
+    generation: dict[str, typing.Any] = field(default_factory=dict)  # what generate() really used
+    load_s: float | None = None
+    parameters: int | None = None
+    weight_bytes: int | None = None
+    unquantized_bytes: int | None = None
+    quantizable_bytes: int | None = None  # of the unquantized bytes, those in layers that Quanto quantizes
+    quantized_layers: int | None = None
+    linear_layers: int | None = None
+    weight_types: dict[str, int] = field(default_factory=dict)  # Quanto's tensor class -> layers
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)  # phase -> name -> bytes, see `snapshot`
+    warmup: list[Run] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    eager_runs: list[Run] = field(default_factory=list)  # a compiled comparison measures the eager model too
+    compiled: Compiled | None = None
+    prefill_tokens: int | None = None
+    prefill_tokens_per_s: float | None = None
+    bytes_per_token: int | None = None
+    memory_bytes_per_s: dict[str, float] = field(default_factory=dict)  # device -> bytes/s
+    bandwidth_utilization: float | None = None
+    quality: Quality | None = None
+    notes: list[str] = field(default_factory=list)
+    failure: str | None = None
+    unavailable: bool = False  # the failure is a lack of this machine
+
+    @property
+    def name(self) -> str:
+        return self.settings.weights or "none"
+
+
+def to_json(results: list[Result]) -> str:
+    plain = {"results": [dataclasses.asdict(r) for r in results]}
+    return json.dumps(plain, ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def write_results(path: str, results: list[Result]) -> None:
+    """Write all numbers atomically: a reader, or a killed process, never leaves half a file."""
+    target = Path(path).absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_text(to_json(results) + "\n", encoding="utf-8")
+    os.replace(temporary, target)
+
+
+# --------------------------------------------------------------------------------------------------- machine
+
+
+def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
+    """Devices that `wanted` (DEVICE) means here, every GPU for auto and cuda, and notes for the user.
+
+    Raises Failure where the wanted device does not exist or does not work.
+    """
+    import torch
+
+    notes, seen = [], nvml_names()
+    if seen and not torch.cuda.is_available() and wanted != "cpu":
+        notes.append(
+            f"NVIDIA's driver sees {seen[0]}, but this torch ({torch.__version__}) cannot use it: install a CUDA build, "
+            "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+        )
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    if wanted == "auto":
+        candidates = [c for c in (gpus, mps, ["cpu"]) if c]
+    else:
+        found = {"cuda": gpus, "mps": mps, "cpu": ["cpu"]}.get(wanted, [wanted] if wanted in gpus else [])
+        if not found:
+            raise Failure(
+                f"there is no device {wanted} here (found: {', '.join(gpus + mps + ['cpu'])}). {' '.join(notes)}"
+            )
+        candidates = [found]
+    for devices in candidates:
+        try:
+            for device in devices:
+                torch.ones(2, device=device).sum().item()
+            return devices, notes
+        except RuntimeError as error:
+            notes.append(f"{devices[0]} does not work: {first_line(error)}")
+    raise Failure(notes[-1])
+
+
+def nvml_names() -> list[str]:
+    """Names of the GPUs that NVIDIA's driver sees; empty without driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [pynvml.nvmlDeviceGetName(handle) for handle in handles]
+    except Exception:
+        return []
+
+
+def nvml_handles(devices: list[str]) -> tuple[dict[str, typing.Any], list[str]]:
+    """NVML's handle of each CUDA device, and notes. By UUID: CUDA_VISIBLE_DEVICES renumbers, NVML does not."""
+    import torch
+
+    handles, notes = {}, []
+    for device in devices:
+        if device.startswith("cuda"):
+            try:
+                import pynvml
+
+                pynvml.nvmlInit()
+                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+                handles[device] = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            except Exception as error:
+                notes.append(
+                    f"no NVML for {device}: device memory in use and energy are unknown ({first_line(error)})"
+                )
+    return handles, notes
+
+
+def energy_j(handles: dict[str, typing.Any]) -> dict[str, float]:
+    """Joules that each GPU has used since its driver was loaded (Volta and newer); empty where it does not count."""
+    if not handles:
+        return {}
+    import pynvml
+
+    try:
+        return {d: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 for d, handle in handles.items()}
+    except pynvml.NVMLError:
+        return {}
+
+
+def synchronizer(devices: list[str]) -> Callable[[], None]:
+    """A function that waits for all work on all devices."""
+    import torch
+
+    gpus = [torch.device(d) for d in devices if d.startswith("cuda")]
+    if gpus:
+        return lambda: [torch.cuda.synchronize(gpu) for gpu in gpus] and None
+    return torch.mps.synchronize if devices == ["mps"] else lambda: None
+
+
+def environment(devices: list[str], handles: dict[str, typing.Any]) -> dict[str, str]:
+    """Hardware and versions: a benchmark's are part of its result."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        cpu = (re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M) or [cpu])[0]
+    told = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    told["ram"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
+    for device in devices:
+        if device.startswith("cuda"):
+            told[device] = f"{torch.cuda.get_device_name(device)}, {total_memory(device) / 2**30:.1f} GiB"
+    if handles:
+        import pynvml
+
+        told["driver"] = pynvml.nvmlSystemGetDriverVersion()
+    told |= {
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for package in ("transformers", "optimum-quanto", "accelerate"):
+        try:
+            told[package] = version(package)
+        except PackageNotFoundError:
+            raise Failure(f"the package {package} is missing: pip install -r requirements.txt") from None
+    return told
+
+
+def memory_bandwidth(device: str, size: int = 2**30) -> float:
+    """Bytes a second that a device's memory delivers: the faster of a copy (read + written) and a read-only sum.
+
+    `size` bytes, far beyond any cache; the best of several, since every disturbance only slows. Sums of bfloat16 and
+    copies are what decode comes down to.
+    """
+    import torch
+
+    synchronize = synchronizer([device])
+    size = min(size, free_memory(device) // 8)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for moved, job in ((2 * source.nbytes, lambda: target.copy_(source)), (source.nbytes, source.sum)):
+        for _ in range(8):
+            synchronize()
+            begin = time.perf_counter()
+            job()
+            synchronize()
+            best = max(best, moved / (time.perf_counter() - begin))
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def total_memory(device: str) -> int:
+    """Bytes of a device: its own memory, or the computer's."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else psutil.virtual_memory().total
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be taken on a device."""
+    import psutil
+    import torch
+
+    return (
+        torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    )
+
+
+def snapshot(devices: list[str], handles: dict[str, typing.Any]) -> dict[str, int]:
+    """Bytes at this moment: "rss" of this process, and "cuda:0 allocated", "… reserved", "… used" (whole device)."""
+    import psutil
+    import torch
+
+    told = {}
+    for device in devices:
+        if device.startswith("cuda"):
+            told[f"{device} allocated"] = torch.cuda.memory_allocated(device)
+            told[f"{device} reserved"] = torch.cuda.memory_reserved(device)
+        elif device == "mps":
+            told[f"{device} allocated"] = torch.mps.current_allocated_memory()
+            told[f"{device} reserved"] = torch.mps.driver_allocated_memory()
+        if device in handles:
+            import pynvml
+
+            told[f"{device} used"] = pynvml.nvmlDeviceGetMemoryInfo(handles[device]).used
+    return told | {"rss": psutil.Process().memory_info().rss}
+
+
+@contextmanager
+def peak_memory(devices: list[str], handles: dict[str, typing.Any]) -> Iterator[Callable[[], dict[str, int]]]:
+    """Watches memory within the block; the function it yields tells the peaks so far, as `snapshot` does.
+
+    torch's own CUDA peaks are exact. RSS, NVML and MPS keep no peak: a thread looks ten times a second.
+    """
+    import torch
+
+    gpus = [device for device in devices if device.startswith("cuda")]
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
+    seen, ended = snapshot(devices, handles), threading.Event()
+
+    def look() -> None:
+        for name, value in snapshot(devices, handles).items():
+            seen[name] = max(seen.get(name, 0), value)
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            look()
+
+    def peak() -> dict[str, int]:
+        look()
+        for gpu in gpus:
+            seen[f"{gpu} allocated"] = torch.cuda.max_memory_allocated(gpu)
+            seen[f"{gpu} reserved"] = torch.cuda.max_memory_reserved(gpu)
+        return dict(seen)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def plain_tensors(tensor: typing.Any) -> list:
+    """The tensors that really hold a tensor's bytes.
+
+    A Quanto weight is a wrapper that reports the size and dtype of the unquantized one: `nbytes`, `element_size` and
+    `get_memory_footprint` are all wrong for it. `__tensor_flatten__` names what is inside.
+    """
+    tensor = getattr(tensor, "data", tensor)  # a Parameter hides the wrapper's methods
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [
+        plain for name in tensor.__tensor_flatten__()[0] for plain in plain_tensors(getattr(tensor, name))
+    ]
+
+
+def stored_bytes(tensors: typing.Iterable) -> int:
+    """Bytes stored for all of these tensors together, tied ones counted once."""
+    plain = [p for tensor in tensors for p in plain_tensors(tensor) if p.numel()]
+    return sum({(str(p.device), p.data_ptr()): p.nbytes for p in plain}.values())
+
+
+# ----------------------------------------------------------------------------------------------------- model
+
+
+def fetch(s: Settings) -> str | None:
+    """The local folder of the model's files, downloaded if need be: the only place that touches the network.
+
+    None for the built-in configuration. Raises Failure with what the Hub said and the ways on.
+    """
+    if s.random_weights and s.model_name == "Qwen/Qwen2.5-3B":
+        return None
+    if Path(s.model_name).expanduser().is_dir():
+        return str(Path(s.model_name).expanduser())
+    from huggingface_hub import errors, snapshot_download
+
+    weights = [] if s.random_weights else ["*.safetensors", "*.safetensors.index.json"]
+    try:
+        for patterns in (["*.json", "*.txt", "*.model", "*.jinja", "*.py", *weights], ["*.bin"]):
+            folder = snapshot_download(
+                s.model_name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            )
+            if s.random_weights or any(Path(folder).glob("*.safetensors")):
+                break
+        return folder
+    except errors.GatedRepoError:
+        raise Failure(
+            f"{s.model_name} is gated: accept its terms on its page, then log in with: hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise Failure(f"the Hub knows no model {s.model_name} (or it is private: hf auth login)") from None
+    except (OSError, errors.HfHubHTTPError) as error:
+        raise Failure(
+            f"cannot get {s.model_name} from the Hub, and it is not cached here ({first_line(error)}). Ways on: a mirror "
+            "(set HF_ENDPOINT=https://…), a local folder (--model-name ./folder), or no download (--random-weights)"
+        ) from None
+
+
+def check_checkpoint(folder: str) -> None:
+    """Raises Failure naming the file that is missing or damaged; reads headers only."""
+    import safetensors
+
+    root = Path(folder)
+    files = sorted(root.glob("*.safetensors"))
+    index = root / "model.safetensors.index.json"
+    if index.exists():
+        files = [root / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if not files and not list(root.glob("*.bin")):
+        raise Failure(
+            f"{folder} holds no weights (*.safetensors): download it again, or use --random-weights"
+        )
+    for file in files:
+        try:
+            safetensors.safe_open(file, "pt").keys()
+        except (OSError, safetensors.SafetensorError) as error:
+            raise Failure(f"{file} is missing or damaged ({first_line(error)}): download it again") from None
+
+
+def skeleton(s: Settings, folder: str | None) -> typing.Any:
+    """The model without memory (on torch's meta device), in the dtype it will be loaded in."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if folder is None:
+        config = AutoConfig.for_model(**QWEN2_5_3B)
+    else:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=s.trust_remote_code)
+    dtype = (config.dtype or torch.float32) if s.dtype == "auto" else getattr(torch, s.dtype)
+    config.dtype = dtype
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=s.trust_remote_code)
+
+
+def linear_names(model: typing.Any) -> list[str]:
+    """Names of the linear layers, as Quanto's transformers integration sees them: all but the output embedding."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+
+def expected_bytes(model: typing.Any, precision: str) -> int:
+    """Bytes that the weights of a `skeleton` will take: 8-bit with a scale a row, fewer bits with two a group of 128."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    linear = [model.get_submodule(name).weight for name in linear_names(model)]
+    total, per_scale = sum(t.nbytes for t in tensors.values()), model.dtype.itemsize
+    if precision == "none":
+        return total
+    for weight in linear:
+        scales = weight.shape[0] if BITS[precision] == 8 else 2 * weight.numel() / 128
+        total += weight.numel() * BITS[precision] / 8 + scales * per_scale - weight.nbytes
+    return int(total)
+
+
+def random_state(model: typing.Any) -> dict[str, typing.Any]:
+    """Random weights for a `skeleton`: one block of normal numbers over and over (filling 3 B anew takes a minute).
+
+    A tied output embedding must be left out, or from_pretrained unties it in silence.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    block = torch.randn(2**22, dtype=torch.float32).mul_(0.02).to(model.dtype)
+    state, tied = {}, set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, tensor in model.state_dict().items():
+        if name in tied or not tensor.is_floating_point():
+            continue
+        if tensor.ndim < 2:
+            state[name] = torch.full(tensor.shape, float("norm" in name), dtype=tensor.dtype)
+        else:
+            flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            for start in range(0, flat.numel(), block.numel()):
+                flat[start : start + block.numel()] = block[: flat.numel() - start]
+            state[name] = flat.view(tensor.shape)
+    return state
+
+
+def use_plain_kernels() -> None:
+    """Keep Quanto from building C++ and CUDA extensions, and from losing biases. Seen in optimum-quanto 0.2.7.
+
+    - tensor/weights/marlin/fp8/qbits.py:31: the float8 Marlin kernel takes a bias and never adds it, so on CUDA every
+      model with biases answers wrong. Without "quanto_cuda" float8 takes quanto::qbytes_mm, right and nothing to build.
+    - library/extensions/extension.py:47: `unpack` (int2; int4 in float16) compiles an extension of minutes, which a
+      stale lock file makes hang, for what is one line of torch.
+    """
+    import types
+
+    import optimum.quanto  # noqa: F401 (registers the extensions)
+    import torch
+    from optimum.quanto.library.extensions import extension
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+    for registered in extension._extensions.values():
+        registered._lib = types.SimpleNamespace(unpack=unpack)
+    extension._extensions.pop("quanto_cuda", None)
+
+
+def load(s: Settings, folder: str | None, empty: typing.Any, devices: list[str]) -> typing.Any:
+    """The model of `empty`, quantized while it loads; spread over all `devices` if there are several.
+
+    Raises Failure for a checkpoint that lacks weights.
+    """
+    from transformers import AutoModelForCausalLM, QuantoConfig, logging
+
+    logging.disable_progress_bar()
+    options = {"dtype": empty.dtype, "device_map": {"": devices[0]} if len(devices) == 1 else "auto"}
+    if s.weights:
+        use_plain_kernels()
+        options["quantization_config"] = QuantoConfig(weights=s.weights)
+    if s.random_weights:
+        model = type(empty).from_pretrained(
+            None, config=empty.config, state_dict=random_state(empty), **options
+        )
+    else:
+        options |= {"trust_remote_code": s.trust_remote_code, "output_loading_info": True}
+        model, told = AutoModelForCausalLM.from_pretrained(folder, **options)
+        missing = [key for key in told["missing_keys"] if not key.endswith(("input_scale", "output_scale"))]
+        if missing:
+            raise Failure(
+                f"the checkpoint lacks {len(missing)} weights, {missing[0]} first: download it again"
+            )
+    return model.eval()
+
+
+def weigh(model: typing.Any) -> dict[str, typing.Any]:
+    """The fields of a Result about the weights: bytes, and how many layers Quanto really holds."""
+    linear = [model.get_submodule(name).weight for name in linear_names(model)]
+    inner = [getattr(weight, "data", weight) for weight in linear]
+    quantized = [w for w in inner if hasattr(w, "__tensor_flatten__")]
+    kinds = [type(w).__name__ for w in quantized]
+    unique = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": stored_bytes(unique),
+        # a wrapper reports numel and dtype of the unquantized weight: here that is what is wanted
+        "unquantized_bytes": sum(t.numel() * t.dtype.itemsize for t in unique),
+        "quantizable_bytes": sum(w.numel() * w.dtype.itemsize for w in inner),
+        "quantized_layers": len(quantized),
+        "linear_layers": len(linear) + hasattr(model.get_output_embeddings(), "weight"),
+        "weight_types": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+    }
+
+
+def bytes_per_token(model: typing.Any, kept: int, cached_tokens: float) -> int | None:
+    """Bytes that one decode step must read: the `kept` weights without an untied input embedding, and the KV cache.
+
+    None for a mixture of experts (a step reads some of them) and where the cache's shape is unknown.
+    """
+    config = model.config.get_text_config()
+    if any("expert" in name for name, _ in model.named_modules()):
+        return None
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers = config.num_hidden_layers
+    except AttributeError:
+        return None
+    given, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = output is None or given.weight.data_ptr() == output.weight.data_ptr()
+    cache = 2 * layers * heads * width * model.dtype.itemsize * cached_tokens
+    return int(kept - (0 if tied else stored_bytes([given.weight])) + cache)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's own words, cut to a line."""
+    lines = str(error).strip().splitlines() or [""]
+    return (lines[0] or type(error).__name__)[:300].rstrip(".: ")
+
+
+def explain(
+    error: Exception, doing: str, s: Settings, empty: typing.Any, devices: list[str]
+) -> tuple[str, bool]:
+    """An exception in the user's words, and whether it is a lack of this machine (else it is a failure)."""
+    text = str(error)
+    if isinstance(error, Failure):
+        return text, isinstance(error, Unavailable)
+    if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(error, MemoryError):
+        free = sum(free_memory(d) for d in devices)
+        sizes = {p: expected_bytes(empty, p) for p in PRECISIONS} if empty is not None else {}
+        fits = [f"{p} ({gib(size)} GiB)" for p, size in sizes.items() if size * 1.1 < free]
+        ways = (
+            f"would fit: {', '.join(fits)}"
+            if fits
+            else "no precision of this model fits: take a smaller model"
+        )
+        return f"out of memory while {doing}: {gib(free)} GiB are free on {', '.join(devices)}; {ways}", False
+    for sign, lack in (
+        ("compiler", "a C++ compiler (Linux: apt install g++; Windows: Visual Studio Build Tools)"),
+        ("Python.h", "Python's headers (apt install python3-dev)"),
+        ("triton", "a working Triton (pip install triton; on Windows triton-windows)"),
+        ("ninja", "ninja (pip install ninja)"),
+        ("nvcc", "CUDA's nvcc"),
+    ):
+        if sign in text and (s.compile or "extension" in text):
+            return f"needs {lack}, which is missing here ({first_line(error)})", True
+    if isinstance(error, NotImplementedError) or (isinstance(error, TypeError) and "MPS" in text):
+        return f"not possible on {devices[0]} with this torch ({first_line(error)})", True
+    return f"{type(error).__name__} while {doing}: {first_line(error)} (--debug shows more)", False
+
+
+def fit(s: Settings, empty: typing.Any, devices: list[str], tell: Tell, notes: list[str]) -> list[str]:
+    """The devices to load on: the first GPU that the model fits, else all. Says what is coming before it comes.
+
+    Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried, with a note.
+    """
+    sizes = {p: expected_bytes(empty, p) for p in PRECISIONS}
+    needed = sizes[s.weights or "none"]
+    roomy = [d for d in devices if needed * 1.1 < free_memory(d)]
+    devices = roomy[:1] if roomy else devices
+    free, total = sum(map(free_memory, devices)), sum(map(total_memory, devices))
+    where = ", ".join(devices)
+    tell(
+        f"{s.model_name}, {s.weights or 'as stored'}: {digits(sum(p.numel() for p in empty.parameters()), 1e9)} B "
+        f"parameters, {gib(needed)} GiB of weights expected, {gib(free)} GiB free on {where}"
+    )
+    if needed > total:
+        fits = [p for p in PRECISIONS if sizes[p] * 1.1 < total]
+        ways = f"would fit: {', '.join(fits)}" if fits else "take a smaller model"
+        raise Failure(f"the weights need {gib(needed)} GiB and {where} has {gib(total)} GiB in all; {ways}")
+    if needed > free:
+        notes.append(
+            f"the weights need {gib(needed)} GiB and only {gib(free)} GiB are free on {where}: tried all the same"
+        )
+    return devices
+
+
+# --------------------------------------------------------------------------------------------------- compile
+
+
+def compile_decode(s, rig, tell):
+    raise Failure("not yet")
+
+
+def graphs_compiled():
+    return 0
+
+
+def compiled_options(cache, clock):
+    return {}
+
+
+def mean_window(a, b, c):
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------- measure
+
+
+@dataclass
+class Clock:
+    """A stopping criterion that takes the time of every token: generate() asks it after sampling, once a token.
+
+    generate() synchronizes right after its criteria anyway, so waiting for the device here costs nothing. On MPS it
+    checks for the end one step late instead (transformers generation/utils.py, DeferredStopCheck), and waiting would
+    undo that: there only the first token is stamped.
+    """
+
+    synchronize: Callable[[], None]
+    limit_s: float
+    limit_tokens: int
+    each_token: Callable[[int, float], None]  # tokens so far, seconds so far
+    only_first: bool = False
+    begin: float = 0.0
+    stamps: list[float] = field(default_factory=list)
+    late: bool = False
+
+    def __call__(self, input_ids: typing.Any, scores: typing.Any, **_: typing.Any) -> bool:
+        if not (self.only_first and self.stamps):
+            self.synchronize()
+        self.stamps.append(time.perf_counter())
+        seconds = self.stamps[-1] - self.begin
+        self.late = seconds >= self.limit_s
+        self.each_token(len(self.stamps), seconds)
+        return self.late or len(self.stamps) >= self.limit_tokens
+
+
+@dataclass(frozen=True)
+class Rig:
+    """What a timed generation needs besides its settings."""
+
+    model: typing.Any
+    tokenizer: typing.Any
+    prompt: typing.Any  # token ids, shape [1, prompt tokens]
+    new_tokens: int  # at most; exactly, if `exact`
+    room: int  # positions the model has left after the prompt
+    exact: bool
+    devices: list[str]
+    handles: dict[str, typing.Any]
+    cache: typing.Any = None  # a static cache where the decode step is compiled
+
+
+def options_for(s: Settings, rig: Rig) -> dict[str, typing.Any]:
+    """generate()'s options. max_new_tokens, since Qwen2.5's generation_config.json makes it ignore max_length."""
+    config = rig.model.generation_config
+    pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
+    pad = pad[0] if isinstance(pad, list) else pad
+    options = {
+        "max_new_tokens": rig.new_tokens,
+        "do_sample": s.do_sample,
+        "pad_token_id": 0 if pad is None else pad,
+    }
+    if s.do_sample:
+        options["temperature"] = s.temperature
+    if rig.exact:
+        options["min_new_tokens"] = rig.new_tokens  # the end token is ignored
+    return options
+
+
+def generate(rig: Rig, prompt: typing.Any, clock: Clock, **options: typing.Any) -> typing.Any:
+    """The token ids, shape [1, prompt + new], of one timed call of model.generate()."""
+    import torch
+
+    if rig.cache is not None:
+        options |= compiled_options(rig.cache, clock)
+    clock.synchronize()
+    clock.begin = time.perf_counter()
+    ids = rig.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=[clock], **options
+    )
+    clock.synchronize()
+    return ids
+
+
+def run_once(
+    s: Settings, rig: Rig, seed: int, tell: Tell, title: str, limit_tokens: int | None = None
+) -> Run:
+    """One timed generation of the question."""
+    import torch
+
+    told = [0.0]
+
+    def progress(tokens: int, seconds: float) -> None:
+        if seconds - told[0] > 0.2:
+            told[0] = seconds
+            tell(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", live=True)
+
+    mps = rig.devices == ["mps"]
+    clock = Clock(
+        synchronizer(rig.devices), s.max_seconds, limit_tokens or rig.new_tokens, progress, only_first=mps
+    )
+    options = options_for(s, rig)
+    torch.manual_seed(seed)
+    energy = energy_j(rig.handles)
+    ids = generate(rig, rig.prompt, clock, **options)
+    latency = time.perf_counter() - clock.begin
+    spent = {
+        device: now - energy[device] for device, now in energy_j(rig.handles).items() if device in energy
+    }
+    new = ids[0, rig.prompt.shape[1] :].tolist()
+    ttft = clock.stamps[0] - clock.begin
+    decode_s = latency - ttft if mps else clock.stamps[-1] - clock.stamps[0]
+    ends = rig.model.generation_config.eos_token_id
+    ended = not rig.exact and new[-1] in (ends if isinstance(ends, list) else [ends])
+    return Run(
+        seed=seed,
+        prompt_tokens=rig.prompt.shape[1],
+        generated_tokens=len(new),
+        stop_reason="eos" if ended else "time" if clock.late else "length",
+        latency_s=latency,
+        ttft_s=ttft,
+        decode_tokens_per_s=(len(new) - 1) / decode_s if len(new) > 1 else None,
+        tokens_per_s=len(new) / latency,
+        inter_token_s=[] if mps else [b - a for a, b in zip(clock.stamps, clock.stamps[1:], strict=False)],
+        # the counter moves every 20 to 100 ms: a short run's difference means nothing
+        energy_j=spent if latency >= 1 and spent else None,
+        text=rig.tokenizer.decode(new, skip_special_tokens=True) if rig.tokenizer else "",
+    )
+
+
+def prefill_rate(s: Settings, rig: Rig, tell: Tell) -> tuple[int, float]:
+    """Prompt tokens and tokens a second of prefill: random ids, median of three after one that is not counted.
+
+    On a slow machine the first is as good as any other and is the only one; where even that would take more than
+    MAX_SECONDS, judged by the question's own prefill, the prompt is shorter.
+    """
+    import torch
+
+    plain = replace(rig, cache=None)  # prefill is never compiled, and needs no static cache
+    config = rig.model.config.get_text_config()
+    tokens = min(PREFILL_TOKENS, getattr(config, "max_position_embeddings", PREFILL_TOKENS) - 1)
+    ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(rig.prompt.device)
+
+    def once(length: int) -> float:
+        tell(f"prefill of {length} tokens", live=True)
+        clock = Clock(synchronizer(rig.devices), math.inf, 1, lambda *_: None)
+        generate(plain, ids[:, :length], clock, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        return clock.stamps[0] - clock.begin
+
+    small = once(min(32, tokens))
+    while tokens > 64 and small / 32 * tokens > s.max_seconds:
+        tokens //= 2
+    first = once(tokens)
+    return tokens, tokens / (first if first > 5 else statistics.median(once(tokens) for _ in range(3)))
+
+
+def prompt_ids(s: Settings, folder: str | None, model: typing.Any) -> tuple[typing.Any, typing.Any]:
+    """The tokenizer (None with random weights) and the question's token ids, shape [1, tokens]. Raises Failure."""
+    import torch
+    from transformers import AutoTokenizer
+
+    device = model.get_input_embeddings().weight.device
+    if s.random_weights:
+        torch.manual_seed(s.seed)
+        return None, torch.randint(10, model.config.get_text_config().vocab_size - 10, (1, 16)).to(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=s.trust_remote_code)
+    except Exception as error:
+        raise Failure(f"{s.model_name} has no usable tokenizer: {first_line(error)}") from error
+    if s.chat and not getattr(tokenizer, "chat_template", None):
+        raise Failure(f"{s.model_name} has no chat template: it is no chat model; leave --chat out")
+    if s.chat:
+        messages = [{"role": "user", "content": s.question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(s.question, return_tensors="pt").input_ids
+    if ids.shape[1] == 0:
+        raise Failure("the tokenizer makes no token of the question: ask another QUESTION")
+    return tokenizer, ids.to(device)
+
+
+def room_after(s: Settings, model: typing.Any, prompt_tokens: int) -> int:
+    """Positions that the model has left after the prompt. Raises Failure where there is none for an answer."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    if prompt_tokens >= min(longest, longest if s.compare else s.max_length):
+        raise Failure(
+            f"the question has {prompt_tokens} tokens: MAX_LENGTH {s.max_length} or the model leaves no room"
+        )
+    return longest - prompt_tokens
+
+
+def really_used(s: Settings, rig: Rig) -> dict[str, typing.Any]:
+    """The sampling settings that generate() ends up with, its hidden defaults (top_k = 50) included."""
+    names = (
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "max_new_tokens",
+        "eos_token_id",
+    )
+    prepared, _ = rig.model._prepare_generation_config(None, **options_for(s, rig))
+    return {name: getattr(prepared, name, None) for name in names}
+
+
+def announce(s: Settings, r: Result, rig: Rig, tell: Tell) -> None:
+    """An honest estimate of the runs' time, from the warm-up's speed."""
+    rate = decode_rate(r.warmup)
+    each = min(s.max_seconds, rig.new_tokens / rate) if rate else s.max_seconds
+    tell(f"{s.runs} runs of at most {rig.new_tokens} tokens: up to {minutes(s.runs * each)}, then prefill")
+
+
+def measure(
+    s: Settings, tell: Tell, save: Callable[[Result], None], reference: str | None = None, debug: bool = False
+) -> Result:
+    """Load, measure and return one configuration; `save` gets the Result whenever it has grown, so nothing is lost.
+
+    `reference` is a folder in which the unquantized model leaves its answer, and the quantized ones find it.
+    Prints nothing. A failure is a field of the Result; only KeyboardInterrupt comes through.
+    """
+    import torch
+
+    result, doing, empty, devices = Result(s), "starting", None, ["cpu"]
+
+    def grow(**fields: typing.Any) -> None:
+        nonlocal result
+        result = replace(result, **fields)
+        save(result)
+
+    try:
+        doing = "looking for a device"
+        devices, notes = choose_devices(s.device)
+        folder = fetch(s)
+        if folder and not s.random_weights:
+            check_checkpoint(folder)
+        doing = "reading the model's configuration"
+        empty = skeleton(s, folder)
+        devices = fit(s, empty, devices, tell, notes)
+        handles, reasons = nvml_handles(devices)
+        grow(environment=environment(devices, handles), devices=devices, notes=notes + reasons)
+        doing = "measuring the memory's bandwidth"
+        tell(doing, live=True)
+        speeds = {device: memory_bandwidth(device) for device in devices}
+        torch.cuda.empty_cache()  # does nothing without CUDA
+        grow(memory_bytes_per_s=speeds, memory={"before load": snapshot(devices, handles)})
+        doing = "loading the model"
+        tell(doing, live=True)
+        begin = time.perf_counter()
+        with peak_memory(devices, handles) as peak:
+            model = load(s, folder, empty, devices)
+            synchronizer(devices)()
+            load_s = time.perf_counter() - begin
+            memory = result.memory | {"after load": snapshot(devices, handles), "peak of load": peak()}
+        grow(load_s=load_s, memory=memory, **weigh(model))
+        doing = "running the model"
+        tokenizer, prompt = prompt_ids(s, folder, model)
+        room = room_after(s, model, prompt.shape[1])
+        wanted = s.compare_tokens if s.compare else s.max_length - prompt.shape[1]
+        rig = Rig(model, tokenizer, prompt, min(wanted, room), room, bool(s.compare), devices, handles)
+        grow(generation=really_used(s, rig))
+        if s.compile and s.compare:
+            run_once(s, rig, s.seed, tell, "eager warm-up", WARMUP_TOKENS)
+            for i in range(s.runs):
+                grow(
+                    eager_runs=[
+                        *result.eager_runs,
+                        run_once(s, rig, s.seed + i, tell, f"eager run {i + 1} of {s.runs}"),
+                    ]
+                )
+        if s.compile:
+            doing = "compiling the decode step"
+            rig, compiled = compile_decode(s, rig, tell)
+            grow(compiled=compiled)
+            doing = "running the compiled model"
+        for i in range(s.warmup_runs):
+            grow(warmup=[*result.warmup, run_once(s, rig, s.seed + i, tell, "warm-up", WARMUP_TOKENS)])
+        announce(s, result, rig, tell)
+        with peak_memory(devices, handles) as peak:
+            for i in range(s.runs):
+                run = run_once(s, rig, s.seed + i, tell, f"run {i + 1} of {s.runs}")
+                grow(runs=[*result.runs, run], memory=result.memory | {"peak of runs": peak()})
+        if s.compile:
+            grow(compiled=replace(compiled, recompilations=graphs_compiled() - compiled.graphs))
+        grow(**utilization(result, model, rig, speeds))
+        doing = "measuring prefill"
+        tokens, rate = prefill_rate(s, rig, tell)
+        grow(prefill_tokens=tokens, prefill_tokens_per_s=rate)
+        if reference and s.quality_tokens and not s.random_weights:
+            doing = "measuring quality"
+            grow(quality=judge(s, rig, Path(reference), tell))
+    except Exception as error:
+        if debug:
+            raise
+        text, unavailable = explain(error, doing, s, empty, devices)
+        grow(failure=text, unavailable=unavailable)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------- quality
+
+
+def judge(s: Settings, rig: Rig, folder: Path, tell: Tell) -> Quality | None:
+    """The unquantized model leaves its greedy answer in `folder` (None); a quantized one is judged on it.
+
+    On the path that is timed: the reference's tokens are forced one by one through generate()'s own decode step by a
+    logits processor that sees the logits first. Each position is log-softmaxed in float32 as it comes and the
+    reference's rows stay on disk, so a large vocabulary costs little memory.
+    """
+    import numpy as np
+    import torch
+
+    start, vocabulary = rig.prompt.shape[1], rig.model.config.get_text_config().vocab_size
+    tokens_file, rows_file = folder / "tokens.npy", folder / "logprobs.npy"
+    kl, same = [], []
+
+    def logprobs(scores: typing.Any) -> typing.Any:
+        return torch.log_softmax(
+            scores[0].float().nan_to_num(), -1
+        )  # a broken model's NaN must not pass unseen
+
+    def keep(ids: typing.Any, scores: typing.Any) -> typing.Any:
+        rows[ids.shape[1] - start] = logprobs(scores).cpu().numpy()
+        return scores
+
+    def force(ids: typing.Any, scores: typing.Any) -> typing.Any:
+        position = ids.shape[1] - start
+        p, q = torch.tensor(rows[position], device=scores.device), logprobs(scores)
+        kl.append((p.exp() * (p - q)).sum().item())
+        same.append((p.argmax() == q.argmax()).item())
+        forced = torch.full_like(scores, -math.inf)
+        forced[0, int(tokens[position])] = 0
+        return forced
+
+    if s.weights is None:
+        room = min(s.quality_tokens, rig.room)
+        rows, tokens = np.lib.format.open_memmap(rows_file, "w+", np.float32, (room, vocabulary)), range(room)
+    elif not tokens_file.exists():
+        return None
+    else:
+        rows, tokens = np.load(rows_file, mmap_mode="r"), np.load(tokens_file)
+    told = "the reference answer" if s.weights is None else "quality on the reference answer"
+    each = lambda n, _: tell(f"{told}: {n} of {len(tokens)} tokens", live=True) if n % 8 == 0 else None
+    clock = Clock(synchronizer(rig.devices), math.inf, len(tokens), each)
+    options = options_for(replace(s, do_sample=False), rig) | {
+        "max_new_tokens": len(tokens),
+        "repetition_penalty": 1.0,
+    }
+    options.pop("min_new_tokens", None)
+    ids = generate(rig, rig.prompt, clock, logits_processor=[force if s.weights else keep], **options)
+    if s.weights is None:
+        rows.flush()
+        np.save(tokens_file, ids[0, start:].cpu().numpy())
+        return None
+    low, high = wilson(sum(same), len(same))
+    return Quality(len(kl), statistics.fmean(kl), statistics.fmean(same), low, high)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927): sensible near 0 and 1 and for few trials, unlike +-1.96 s."""
+    z, share = 1.96, successes / trials
+    middle, scale = share + z * z / (2 * trials), 1 + z * z / trials
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def percentile(values: list[float], percent: int) -> float | None:
+    """Linear interpolation between the sorted values; None without values."""
+    if len(values) < 2:
+        return values[0] if values else None
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def middle(values: typing.Iterable[float | None]) -> float | None:
+    """The median of what is known."""
+    known = [v for v in values if v is not None]
+    return statistics.median(known) if known else None
+
+
+def decode_rate(runs: list[Run]) -> float | None:
+    """Median decode tokens/s of some runs."""
+    return middle(r.decode_tokens_per_s for r in runs)
+
+
+def common_rates(runs: list[Run]) -> list[float]:
+    """Each run's decode tokens/s over the positions that all reached: sampled answers differ in length, and decode
+    slows as the context grows, so only this compares run with run."""
+    gaps = [r.inter_token_s for r in runs]
+    shared = min(map(len, gaps), default=0)
+    return [shared / sum(g[:shared]) for g in gaps] if shared else []
+
+
+def relative_deviation(runs: list[Run]) -> float | None:
+    """Sample standard deviation of `common_rates` over their mean."""
+    rates = common_rates(runs)
+    return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
+
+
+def utilization(r: Result, model: typing.Any, rig: Rig, speeds: dict[str, float]) -> dict[str, typing.Any]:
+    """The Result's fields bytes_per_token and bandwidth_utilization (MBU).
+
+    Over several GPUs, which work one after the other, the time that memory needs is the sum of each one's.
+    """
+    cached = rig.prompt.shape[1] + statistics.fmean(run.generated_tokens for run in r.runs) / 2
+    if rig.cache is not None:
+        cached = mean_window(rig.prompt.shape[1], max(run.generated_tokens for run in r.runs), rig.cache)
+    step, rate = bytes_per_token(model, r.weight_bytes, cached), decode_rate(r.runs)
+    if step is None or rate is None:
+        return {"bytes_per_token": step}
+    held = {d: stored_bytes(p for p in model.parameters() if str(p.device) == d) for d in speeds}
+    seconds = sum(step * held[d] / sum(held.values()) / speeds[d] for d in speeds)
+    return {"bytes_per_token": step, "bandwidth_utilization": seconds * rate}
+
+
+def warnings_for(r: Result) -> list[str]:
+    """What a reader must know before trusting the numbers, the worst first."""
+    told, rates, deviation = [], common_rates(r.runs), relative_deviation(r.runs)
+    if r.settings.random_weights:
+        told.append("Random weights: speed and memory hold, text and quality mean nothing.")
+    if r.settings.weights and r.quantized_layers == 0:
+        told.append(
+            f"NOTHING WAS QUANTIZED: Quanto knows none of this model's layers; {r.name} is the model as stored."
+        )
+    if verdict(r) == "broken":
+        told.append(f"{r.name} BREAKS THIS MODEL (KL {digits(r.quality.kl_divergence)} nats): do not use it.")
+    if deviation is not None and deviation > UNSTABLE:
+        told.append(
+            f"{r.name}: the runs' decode rates differ by {deviation:.0%} (s.d.): is the machine busy?"
+        )
+        if rates[0] - rates[-1] > 2 * deviation * statistics.fmean(rates):
+            told.append(
+                f"{r.name}: the last run is slower than the first by over 2 s.d.: heat, or another program?"
+            )
+    if r.compiled and r.compiled.recompilations:
+        told.append(
+            f"{r.name}: {r.compiled.recompilations} recompilations within timed runs are in these figures."
+        )
+    return told + r.notes
+
+
+# ---------------------------------------------------------------------------------------------------- report
+# Pure: Results in; lines of rich markup and tables out.
+
+
+def digits(value: float | None, scale: float = 1) -> str:
+    """Three significant digits; a dash for the unknown."""
+    if value is None:
+        return "–"
+    value /= scale
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".") if value else "0"
+
+
+def gib(value: float | None) -> str:
+    return digits(value, 2**30)
+
+
+def percent(value: float | None) -> str:
+    return digits(value, 0.01)
+
+
+def milliseconds(value: float | None) -> str:
+    return digits(value, 0.001)
+
+
+def literal(text: str) -> str:
+    """Text that rich prints as it is."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def saving(r: Result) -> float | None:
+    """Share of the unquantized bytes that this precision saves."""
+    return 1 - r.weight_bytes / r.unquantized_bytes if r.weight_bytes and r.unquantized_bytes else None
+
+
+def peak_bytes(r: Result) -> int | None:
+    """Peak of the runs: tensors on all devices; where torch keeps no count (CPU), the process's RSS."""
+    peak = r.memory.get("peak of runs", {})
+    return sum(n for name, n in peak.items() if name.endswith("allocated")) or peak.get("rss")
+
+
+def joules(run: Run) -> float | None:
+    """Energy of a run over all devices."""
+    return sum(run.energy_j.values()) if run.energy_j else None
+
+
+def joules_a_token(run: Run) -> float | None:
+    return joules(run) / run.generated_tokens if joules(run) else None
+
+
+def table(
+    title: str, columns: typing.Iterable[str], rows: list[list[str]], left: int = 1
+) -> list[typing.Any]:
+    """A title and a table with Markdown borders; the first `left` columns are text, the others numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.MARKDOWN, header_style="none")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return [f"[bold]### {title}[/]", made]
+
+
+def bar(value: float | None, largest: float, style: str, width: int) -> str:
+    """A figure behind a bar of its size."""
+    cells = 0 if not value or not largest else max(1, round(width * value / largest))
+    return f"[{style}]{'█' * cells}[/]{' ' * (width - cells)} {digits(value):>5}"
+
+
+def heading(r: Result) -> list[str]:
+    """Model, form, hardware and versions."""
+    s, e = r.settings, r.environment
+    form = "comparison" if s.compare else r.name
+    size = f", {digits(r.parameters, 1e9)} B parameters" if r.parameters else ""
+    hardware = [text for key, text in e.items() if key in ("cpu", "ram") or key in r.devices]
+    versions = [
+        f"{key} {text}" for key, text in e.items() if key not in ("cpu", "ram") and key not in r.devices
+    ]
+    compiled = ", compiled" if s.compile else ""
+    title = f"[bold]# {literal(s.model_name)}: {form}{compiled}[/]{size}, on {', '.join(r.devices)}"
+    return [title, "; ".join(hardware), ", ".join(versions), ""]
+
+
+def single_report(r: Result) -> list[typing.Any]:
+    """The report of one configuration."""
+    parts = heading(r)
+    parts += [f"[bold red]FAILED: {literal(r.failure)}[/]"] if r.failure else []
+    parts += [f"[bold yellow]! {literal(text)}[/]" for text in warnings_for(r)]
+    parts += ["", *speed_table(r), *runs_table(r)] if r.runs else []
+    parts += memory_table(r) if r.memory else []
+    parts += weight_lines(r)
+    if r.runs and r.runs[0].text:
+        answer = " ".join(r.runs[0].text.split())[:400]
+        parts += ["", "[bold]### The first answer begins[/]", "", f"> {literal(answer)}"]
+    return parts
+
+
+def speed_table(r: Result) -> list[typing.Any]:
+    """Median and extremes of the timed runs."""
+    measures = {
+        "decode tokens/s": [run.decode_tokens_per_s for run in r.runs],
+        "TTFT ms": [run.ttft_s * 1000 for run in r.runs],
+        "latency s": [run.latency_s for run in r.runs],
+        "tokens/s of the whole call": [run.tokens_per_s for run in r.runs],
+        "joules a token": [joules_a_token(run) for run in r.runs],
+    }
+    known = {name: [v for v in values if v is not None] for name, values in measures.items()}
+    rows = [[name, digits(middle(v)), digits(min(v)), digits(max(v))] for name, v in known.items() if v]
+    gaps = [gap for run in r.runs for gap in run.inter_token_s]
+    single = {f"inter-token ms p{p}": milliseconds(percentile(gaps, p)) for p in (50, 90, 99)} if gaps else {}
+    single |= {
+        "s.d. of the decode rate %": percent(relative_deviation(r.runs)),
+        f"prefill tokens/s ({r.prefill_tokens or PREFILL_TOKENS} tokens)": digits(r.prefill_tokens_per_s),
+        "memory bandwidth measured GB/s": digits(min(r.memory_bytes_per_s.values(), default=None), 1e9),
+        "share of it that decode uses % (MBU)": percent(r.bandwidth_utilization),
+    }
+    rows += [[name, value, "", ""] for name, value in single.items()]
+    title = f"Speed: {len(r.runs)} timed runs, {r.runs[0].prompt_tokens} prompt tokens"
+    if r.compiled:
+        title += f"; decode compiled in {digits(r.compiled.seconds)} s: {r.compiled.graphs} graphs, "
+        title += f"{r.compiled.recompilations} recompilations"
+    return table(title, ("", "median", "min", "max"), rows)
+
+
+def runs_table(r: Result) -> list[typing.Any]:
+    """A line a run."""
+    columns = ("run", "ended by", "tokens", "TTFT ms", "decode tok/s", "latency s", "J")
+    rows = []
+    for name, run in [("warm", w) for w in r.warmup] + [(str(i + 1), run) for i, run in enumerate(r.runs)]:
+        ended = "–" if name == "warm" else run.stop_reason
+        rest = digits(run.decode_tokens_per_s), digits(run.latency_s), digits(joules(run))
+        rows.append([name, ended, str(run.generated_tokens), milliseconds(run.ttft_s), *rest])
+    used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
+    return table(f"Runs ({used})", columns, rows, left=2)
+
+
+def memory_table(r: Result) -> list[typing.Any]:
+    """Every phase of memory, a row each kind."""
+    phases = ("before load", "after load", "peak of load", "peak of runs")
+    names = {
+        name: name.replace("used", "used by all").replace("rss", "process RSS")
+        for name in r.memory[phases[0]]
+    }
+    rows = [[told, *(gib(r.memory.get(p, {}).get(name)) for p in phases)] for name, told in names.items()]
+    return table("Memory", ("GiB", *phases), rows)
+
+
+def weight_lines(r: Result) -> list[str]:
+    """The weights in two sentences."""
+    if r.weight_bytes is None:
+        return []
+    kinds = ", ".join(f"{count} {kind}" for kind, count in r.weight_types.items())
+    return [
+        f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/] ({gib(r.weight_bytes)} GiB); unquantized "
+        f"{r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved. Loaded in {digits(r.load_s)} s.",
+        f"Quantized: {r.quantized_layers} of {r.linear_layers} linear layers{f' ({kinds})' if kinds else ''}.",
+    ]
+
+
+def verdict(r: Result) -> str:
+    """What became of the answers: kept, changed, broken, or – where that was not measured."""
+    if r.quality is None:
+        return "–"
+    return (
+        "kept"
+        if r.quality.kl_divergence < KEEPS
+        else "changed"
+        if r.quality.kl_divergence <= BREAKS
+        else "broken"
+    )
+
+
+def comparison_report(results: list[Result]) -> list[typing.Any]:
+    """Tables, promises and verdict of several precisions of one model."""
+    parts = heading(next((r for r in results if r.environment), results[0]))
+    for r in results:
+        if r.failure:
+            parts.append(
+                f"[bold red]{r.name} {'unavailable' if r.unavailable else 'FAILED'}: {literal(r.failure)}[/]"
+            )
+    warned = dict.fromkeys(text for r in results for text in warnings_for(r))
+    parts += [f"[bold yellow]! {literal(text)}[/]" for text in warned]
+    parts += ["", *comparison_speed(results), *comparison_memory(results), *promises_table(results)]
+    return [*parts, *promise_reasons(results), *verdict_lines(results)]
+
+
+def label(r: Result) -> str:
+    """A row's name, marked if it failed."""
+    return f"{r.name} [red]✗[/]" if r.failure else r.name
+
+
+def comparison_speed(results: list[Result]) -> list[typing.Any]:
+    """The comparison's first table."""
+    s, rates = results[0].settings, {r.name: decode_rate(r.runs) for r in results}
+    largest, base, rows = max((v for v in rates.values() if v), default=0), rates.get("none"), []
+    for r in results:
+        rate, ttft = rates[r.name], middle(run.ttft_s for run in r.runs)
+        drawn = bar(rate, largest, "green" if rate == largest else "cyan", 6)
+        ratio = digits(rate / base) if rate and base else "–"
+        energy = middle(joules_a_token(run) for run in r.runs)
+        rest = (
+            digits(r.prefill_tokens_per_s),
+            milliseconds(ttft),
+            percent(r.bandwidth_utilization),
+            digits(energy),
+        )
+        rows.append([label(r), drawn, ratio, *rest])
+    columns = ("weights", "decode tok/s", "x none", "prefill tok/s", "TTFT ms", "MBU %", "J/tok")
+    return table(f"Speed: medians of {s.runs} runs of {s.compare_tokens} new tokens", columns, rows)
+
+
+def comparison_memory(results: list[Result]) -> list[typing.Any]:
+    """The comparison's second table."""
+    colours = {"kept": "green", "changed": "yellow", "broken": "bold red", "reference": "dim", "–": "dim"}
+    largest, rows = max((r.weight_bytes or 0 for r in results), default=0) / 2**30, []
+    for r in results:
+        q, said = r.quality, verdict(r)
+        said = "reference" if r.name == "none" and any(o.quality for o in results) else said
+        share = f"{q.same_top_token * 100:.0f} ({q.low * 100:.0f}–{q.high * 100:.0f})" if q else "–"
+        drawn = bar(r.weight_bytes and r.weight_bytes / 2**30, largest, "cyan", 3)
+        rest = percent(saving(r)), gib(peak_bytes(r)), digits(q and q.kl_divergence), share
+        rows.append([label(r), drawn, *rest, f"[{colours[said]}]{said}[/]"])
+    peak = "RSS" if results[0].devices == ["cpu"] else "tensors"
+    columns = ("weights", "stored", "saved %", "peak", "KL nats", "same top %", "answers")
+    return table(f"Memory in GiB (peak: {peak}) and quality (same top token: 95 % interval)", columns, rows)
+
+
+def promises(results: list[Result]) -> dict[str, dict[str, tuple[bool, str] | None]]:
+    """Promise of Quanto's documentation -> precision -> kept, and the figure; None where it was not measured."""
+    base = decode_rate(next((r.runs for r in results if r.name == "none"), []))
+    told: dict[str, dict[str, tuple[bool, str] | None]] = {promise: {} for promise in PROMISED}
+    for r in results:
+        if r.name == "none":
+            continue
+        rate, saved, eager = decode_rate(r.runs), saving(r), decode_rate(r.eager_runs)
+        found = (
+            (saved >= 0.5, f"{percent(saved)} %") if saved is not None else None,
+            (rate >= 0.9 * base, f"{percent(rate / base)} %") if rate and base else None,
+            (r.quality.kl_divergence < KEEPS, digits(r.quality.kl_divergence)) if r.quality else None,
+            (rate >= 1.2 * eager, f"{rate / eager - 1:+.0%}") if rate and eager else None,
+        )
+        for promise, figure in zip(PROMISED, found, strict=True):
+            told[promise][r.name] = figure
+    return told
+
+
+def promises_table(results: list[Result]) -> list[typing.Any]:
+    """The documentation's promises against what was measured here."""
+    measured, rows = promises(results), []
+    for promise, row in measured.items():
+        cells = [
+            f"[{'green]✓' if cell[0] else 'red]✗'} {cell[1]}[/]" if cell else "–" for cell in row.values()
+        ]
+        rows.append([promise, PROMISED[promise], *cells])
+    columns = ("promise", "documented", *measured["quality (KL)"])
+    return table("Quanto's promises: ✓ kept, ✗ not kept, – not measured", columns, rows, left=2)
+
+
+def promise_reasons(results: list[Result]) -> list[str]:
+    """Why a promise was not kept, where the program knows."""
+    told, kept = [], promises(results)
+    for r in results:
+        if r.name in ("float8", "int8") and kept["memory saved"][r.name] == (
+            False,
+            f"{percent(saving(r))} %",
+        ):
+            most = r.quantizable_bytes / r.unquantized_bytes * (1 - BITS[r.name] / 16)
+            told.append(
+                f"Memory: embeddings and the output layer stay in 16 bit, so 8 bit saves at most {percent(most)} %."
+            )
+            break
+    slow = any(figure and not figure[0] for figure in kept["16-bit speed"].values())
+    if slow and not results[0].settings.compile:
+        told.append(
+            "Speed: eager Quanto calls Python for every layer and widens weights on every call: see --compile."
+        )
+    return told
+
+
+def verdict_lines(results: list[Result]) -> list[str]:
+    """The answer to "which one?", by plain rules on the figures."""
+    speed = {r.name: decode_rate(r.runs) for r in results if decode_rate(r.runs)}
+    size = {r.name: r.weight_bytes for r in results if r.name in speed and r.weight_bytes}
+    if not size:
+        return []
+    fastest, smallest = max(speed, key=speed.get), min(size, key=size.get)
+    told = f"[bold]Fastest: {fastest}[/] ({digits(speed[fastest])} tokens/s). "
+    told += f"[bold]Smallest: {smallest}[/] ({gib(size[smallest])} GiB). "
+    if not any(r.quality for r in results):
+        return [told + "Quality was not measured."]
+    kept = {r.name: size[r.name] for r in results if r.name in size and verdict(r) == "kept"}
+    if kept:
+        best = min(kept, key=kept.get)
+        told += f"[bold green]Smallest that keeps the answers: {best}[/] ({gib(size[best])} GiB, {digits(speed[best])} tokens/s)."
+    else:
+        told += "[bold]No quantized precision keeps the answers.[/]"
+    for kind in ("changed", "broken"):
+        names = ", ".join(r.name for r in results if verdict(r) == kind)
+        told += f" Answers {kind}: {names}." if names else ""
+    return [told]
+
+
+# --------------------------------------------------------------------------------------------------- compare
+
+
+def work(s: Settings, reference: str, pipe: typing.Any, debug: bool) -> None:
+    """The body of a comparison's child process: sends ("tell", arguments) and ("result", Result) to its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides
+    quiet_libraries(debug)
+    measure(
+        s,
+        lambda text, live=False: pipe.send(("tell", (text, live))),
+        lambda r: pipe.send(("result", r)),
+        reference,
+        debug,
+    )
+
+
+def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool = False) -> None:
+    """Measure each precision of COMPARE in a process of its own, the unquantized model first.
+
+    Whatever a child says is handed to `save` at once, so that a crash costs only what was not yet measured. A child
+    that dies, or says nothing for SILENCE_S seconds, becomes a failed Result.
+    """
+    context = multiprocessing.get_context("spawn")
+    names = sorted((p or "none" for p in s.compare), key=PRECISIONS.index)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="qwquanto-") as reference:
+        for i, name in enumerate(names):
+            mine = replace(s, weights=None if name == "none" else name)
+            result = Result(mine)
+            receiver, sender = context.Pipe(duplex=False)
+            child = context.Process(target=work, args=(mine, reference, sender, debug), daemon=True)
+            child.start()
+            sender.close()
+            rest = f", about {minutes((time.monotonic() - began) / i * (len(names) - i))} to go" if i else ""
+            tell(f"{name} ({i + 1} of {len(names)}{rest})")
+            try:
+                while receiver.poll(SILENCE_S):
+                    kind, message = receiver.recv()
+                    if kind == "tell":
+                        text, live = message
+                        tell(f"{name} ({i + 1} of {len(names)}): {text}", live=live)
+                    else:
+                        result = message
+                        save(result)
+                child.kill()
+                save(replace(result, failure=f"said nothing for {minutes(SILENCE_S)} and was ended"))
+            except EOFError:
+                child.join()
+                if child.exitcode:
+                    save(replace(result, failure=death(child.exitcode)))
+            finally:
+                child.kill()
+                child.join()
+
+
+def death(code: int) -> str:
+    """A child's exit code in words."""
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"its process was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+
+def quiet_libraries(debug: bool) -> None:
+    """Only the report and its progress are printed: no warnings and progress bars of libraries."""
+    if debug:
+        return
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@contextmanager
+def progress() -> Iterator[Tell]:
+    """Progress on standard error: lines that stay, and on a terminal a live line with the time it has taken."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task("starting")
+
+        def tell(text: str, live: bool = False) -> None:
+            if live:
+                shown.update(task, description=text)
+            else:
+                console.print(text, markup=False, soft_wrap=True)
+
+        yield tell
+
+
+def show(parts: list[typing.Any], file: typing.Any) -> None:
+    """Print a report: coloured and wrapped in a terminal, uncut anywhere else."""
+    from rich.console import Console
+
+    console = Console(file=file, highlight=False)
+    console.width = console.width if console.is_terminal else 1000
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n", file=file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 1 for a failure, 2 for impossible settings, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(
+            encoding="utf-8", errors="replace"
+        )  # the report has Chinese and bars whatever the locale
+    s, debug = parse(argv)
+    if problems := check(s):
+        print(*(f"qwquanto: {problem}" for problem in problems), sep="\n", file=sys.stderr)
+        return 2
+    quiet_libraries(debug)
+    results: dict[str, Result] = {}
+    with progress() as tell:
+
+        def save(result: Result) -> None:
+            results[result.name] = result
+            if s.results not in (None, "-"):
+                write_results(s.results, list(results.values()))
+
+        interrupted = False
+        try:
+            compare(s, tell, save, debug) if s.compare else measure(s, tell, save, None, debug)
+        except KeyboardInterrupt:
+            interrupted = True
+    out = sys.stderr if s.results == "-" else sys.stdout
+    ordered = list(results.values())
+    measured = [r for r in ordered if r.memory]
+    if measured:
+        show(comparison_report(ordered) if s.compare else single_report(ordered[0]), out)
+    else:
+        print(
+            *dict.fromkeys(f"qwquanto: {r.failure}" for r in ordered if r.failure), sep="\n", file=sys.stderr
+        )
+    if s.results == "-":
+        print(to_json(ordered))
+    if interrupted:
+        print("qwquanto: interrupted; the report holds what was finished", file=sys.stderr)
+        return 130
+    return int(any(r.failure and not (r.unavailable and s.compare) for r in ordered))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What the tests share: a tiny model that has learnt one sentence, and the script as a real process."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "qwquanto.py"
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
+
+QUESTION = "How is it computed?"
+ANSWER = "The determinant of a two by two matrix is the product of its diagonal minus that of the other two entries."
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items):
+    """Without a GPU, tests marked `gpu` are skipped; with REQUIRE_GPU=1 that is an error instead."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        if os.environ.get("REQUIRE_GPU") == "1":
+            raise pytest.UsageError("REQUIRE_GPU=1, but torch sees no GPU")
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def make_tokenizer(folder):
+    """A byte-level tokenizer of a few hundred tokens that can encode anything, Chinese too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([QUESTION, ANSWER], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_model(folder, steps=150, tie=True, **options):
+    """Train a tiny Qwen2 on CPU for a few seconds until it recites ANSWER after QUESTION, and save it."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(0)
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(
+        **size, num_key_value_heads=2, vocab_size=320, tie_word_embeddings=tie, eos_token_id=0, bos_token_id=None,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    ids = torch.tensor([[*tokenizer(QUESTION).input_ids, *tokenizer(ANSWER).input_ids, 0]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.generation_config.eos_token_id = 0
+    model.to(torch.bfloat16).save_pretrained(folder, **options)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of the tiny model that recites ANSWER."""
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@dataclass
+class Ended:
+    """How a process of the script ended."""
+
+    code: int
+    out: str
+    err: str
+    results: list | None = None
+
+
+def arguments(flags):
+    """["--flag", "value", …] of a dict; None and tuples as the script takes them."""
+    told = []
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            told.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            told += [flag, *value]
+        else:
+            told += [flag, str(value)]
+    return told
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs the real script as a process: script(flag=value, …) -> Ended."""
+
+    def run(env=None, path=SCRIPT, **flags):
+        results = tmp_path / "results.json"
+        results.unlink(missing_ok=True)
+        flags = {"results": results, "runs": 2, "device": "cpu", "max_seconds": 30} | flags
+        done = subprocess.run(
+            [sys.executable, str(path), *arguments(flags)], capture_output=True, timeout=400,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}), stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        told = json.loads(results.read_text(encoding="utf-8"))["results"] if results.exists() else None
+        return Ended(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"), told)
+
+    return run

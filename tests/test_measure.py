@@ -1,0 +1,213 @@
+"""Measuring with a fake generate() and a fake clock: what was called and what was counted, never how long it took."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import qwquanto as q
+
+
+class FakeTime:
+    """A clock that only moves when told."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class FakeModel:
+    """generate() that takes `first` seconds to the first token, `gap` for each further one, and gives these tokens."""
+
+    def __init__(self, time, tokens, gap=0.5, first=2.0):
+        self.time, self.tokens, self.gap, self.first, self.calls = time, tokens, gap, first, []
+        self.generation_config = SimpleNamespace(eos_token_id=[7, 8], pad_token_id=None)
+
+    def generate(self, ids, attention_mask, stopping_criteria, **options):
+        self.calls.append(options | {"seed": torch.initial_seed()})
+        for i, token in enumerate(self.tokens[: options["max_new_tokens"]]):
+            self.time.now += self.gap if i else self.first
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+            stop = [criterion(ids, None) for criterion in stopping_criteria]
+            if any(stop):
+                break
+        self.time.now += 0.25  # what generate() does after the last token
+        return ids
+
+
+def rig(model, **more):
+    told = {"model": model, "tokenizer": None, "prompt": torch.ones(1, 3, dtype=torch.long), "new_tokens": 10}
+    return q.Rig(**(told | {"room": 100, "exact": False, "devices": ["cpu"], "handles": {}} | more))
+
+
+@pytest.fixture
+def time(monkeypatch):
+    fake = FakeTime()
+    monkeypatch.setattr(q, "time", fake)
+    return fake
+
+
+def silent(*_, **__):
+    pass
+
+
+def test_n_tokens_have_n_minus_one_intervals(time):
+    run = q.run_once(q.Settings(), rig(FakeModel(time, [1, 2, 3, 4, 8])), 5, silent, "run")
+    assert (run.prompt_tokens, run.generated_tokens, run.stop_reason, run.seed) == (3, 5, "eos", 5)
+    assert (run.ttft_s, run.latency_s, run.inter_token_s) == (2.0, 4.25, [0.5] * 4)
+    assert run.decode_tokens_per_s == 2.0 and run.tokens_per_s == pytest.approx(5 / 4.25)
+    assert run.energy_j is None
+
+
+def test_a_model_that_stops_at_its_first_token_counts(time):
+    run = q.run_once(q.Settings(), rig(FakeModel(time, [7])), 0, silent, "run")
+    assert (run.generated_tokens, run.stop_reason, run.decode_tokens_per_s, run.inter_token_s) == (
+        1,
+        "eos",
+        None,
+        [],
+    )
+
+
+def test_runs_end_by_time_and_by_length(time):
+    s = replace(q.Settings(), max_seconds=3.4)
+    run = q.run_once(s, rig(FakeModel(time, [1] * 10)), 0, silent, "run")
+    assert (run.stop_reason, run.generated_tokens) == ("time", 4)
+    run = q.run_once(q.Settings(), rig(FakeModel(time, [1] * 10), new_tokens=3), 0, silent, "run")
+    assert (run.stop_reason, run.generated_tokens) == ("length", 3)
+
+
+def test_the_warm_up_keeps_max_new_tokens_and_stops_early(time):
+    model = FakeModel(time, [1] * 10)
+    run = q.run_once(q.Settings(), rig(model), 0, silent, "warm-up", 4)
+    assert (run.generated_tokens, model.calls[0]["max_new_tokens"]) == (4, 10)
+
+
+def test_options_and_seeds_that_generate_gets(time):
+    model = FakeModel(time, [1] * 10)
+    q.run_once(q.Settings(), rig(model), 3, silent, "run")
+    q.run_once(replace(q.Settings(), do_sample=False), rig(model, exact=True), 4, silent, "run")
+    sampled = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.7, "pad_token_id": 7, "seed": 3}
+    greedy = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 7, "min_new_tokens": 10, "seed": 4}
+    assert model.calls == [sampled, greedy]
+
+
+def test_energy_is_a_difference_per_device_and_none_for_short_runs(time, monkeypatch):
+    readings = iter([{"cuda:0": 10.0, "cuda:1": 5.0}, {"cuda:0": 14.0, "cuda:1": 6.0}] * 2)
+    monkeypatch.setattr(q, "energy_j", lambda handles: next(readings))
+    run = q.run_once(q.Settings(), rig(FakeModel(time, [1] * 10)), 0, silent, "run")
+    assert run.energy_j == {"cuda:0": 4.0, "cuda:1": 1.0} and q.joules(run) == 5
+    short = FakeModel(time, [1, 1], gap=0.1, first=0.1)
+    assert q.run_once(q.Settings(), rig(short, new_tokens=2), 0, silent, "run").energy_j is None
+
+
+def test_progress_tells_live_tokens_a_second(time):
+    told = []
+    q.run_once(
+        q.Settings(),
+        rig(FakeModel(time, [1] * 5)),
+        0,
+        lambda text, live: told.append((text, live)),
+        "run 1 of 5",
+    )
+    assert told[1] == ("run 1 of 5: 2 tokens, 0.8 tokens/s", True)
+
+
+def test_prefill_is_512_tokens_a_median_and_shorter_on_a_slow_machine(time):
+    calls, seconds = [], {32: 1.0}
+
+    class Slow:
+        config = SimpleNamespace(
+            get_text_config=lambda: SimpleNamespace(vocab_size=100, max_position_embeddings=2048)
+        )
+
+        def generate(self, ids, stopping_criteria, **_):
+            calls.append(ids.shape[1])
+            time.now += seconds[32] * ids.shape[1] / 32
+            stopping_criteria[0](ids, None)
+
+    assert q.prefill_rate(q.Settings(), rig(Slow()), silent) == (512, 32.0)
+    assert calls == [32, 512]  # 16 s: once is enough
+    seconds[32], calls[:] = 0.1, []
+    assert q.prefill_rate(q.Settings(), rig(Slow()), silent) == (512, pytest.approx(320))
+    assert calls == [32, 512, 512, 512, 512]
+    seconds[32], calls[:] = 20.0, []
+    assert q.prefill_rate(q.Settings(), rig(Slow()), silent)[0] == 64
+
+
+def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time(monkeypatch):
+    import test_statistics as hand_made
+
+    class Parameter:
+        def __init__(self, device, size):
+            self.device, self.size = device, size
+
+    model = SimpleNamespace(parameters=lambda: iter([Parameter("cuda:0", 300), Parameter("cuda:1", 100)]))
+    monkeypatch.setattr(q, "stored_bytes", lambda tensors: sum(t.size for t in tensors))
+    monkeypatch.setattr(q, "bytes_per_token", lambda *_: 400)
+    r = hand_made.result(decode=2.0)
+    found = q.utilization(r, model, rig(model), {"cuda:0": 3000.0, "cuda:1": 500.0})
+    assert found == {"bytes_per_token": 400, "bandwidth_utilization": pytest.approx((0.1 + 0.2) * 2)}
+
+
+def test_nvml_finds_the_gpu_by_uuid_not_by_number(monkeypatch):
+    asked = []
+    nvml = SimpleNamespace(
+        nvmlInit=silent, nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid) or "handle"
+    )
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"uuid-of-{device}")
+    )
+    handles, notes = q.nvml_handles(["cuda:1"])
+    assert (handles, notes, asked) == ({"cuda:1": "handle"}, [], ["GPU-uuid-of-cuda:1"])
+
+
+def test_nvml_absent_is_told_once_and_its_figures_are_unknown(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    handles, notes = q.nvml_handles(["cuda:0"])
+    assert handles == {} and len(notes) == 1 and "no NVML for cuda:0" in notes[0]
+    assert q.energy_j(handles) == {} and q.nvml_names() == []
+
+
+def test_a_gpu_that_this_torch_cannot_use_is_told_loudly(monkeypatch):
+    monkeypatch.setattr(q, "nvml_names", lambda: ["NVIDIA H200"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    devices, notes = q.choose_devices("auto")
+    assert devices == ["cpu"] and "NVIDIA H200" in notes[0] and "pip install torch" in notes[0]
+    with pytest.raises(q.Failure, match="no device cuda:1 here"):
+        q.choose_devices("cuda:1")
+
+
+def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch):
+    model = torch.nn.Linear(8, 8, bias=False, dtype=torch.float32, device="meta")  # 256 bytes
+    monkeypatch.setattr(q, "expected_bytes", lambda model, precision: 256)
+    free = {"cuda:0": 200, "cuda:1": 1000}
+    monkeypatch.setattr(q, "free_memory", free.get)
+    monkeypatch.setattr(q, "total_memory", lambda device: 1000)
+    notes = []
+    assert q.fit(q.Settings(), model, list(free), silent, notes) == ["cuda:1"] and not notes
+    free["cuda:1"] = 200
+    assert q.fit(q.Settings(), model, list(free), silent, notes) == ["cuda:0", "cuda:1"] and not notes
+    free["cuda:1"] = 10
+    assert (
+        q.fit(q.Settings(), model, list(free), silent, notes) == ["cuda:0", "cuda:1"] and "only" in notes[0]
+    )
+    monkeypatch.setattr(q, "total_memory", lambda device: 100)
+    with pytest.raises(q.Failure, match="need"):
+        q.fit(q.Settings(), model, list(free), silent, notes)
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    q.write_results(str(path), [q.Result(q.Settings(), load_s=1.5)])
+    monkeypatch.setattr(q.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        q.write_results(str(path), [q.Result(q.Settings(), load_s=2.5)])
+    told = json.loads(path.read_text(encoding="utf-8"))["results"][0]
+    assert told["load_s"] == 1.5 and told["settings"]["model_name"] == q.MODEL_NAME

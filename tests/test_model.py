@@ -1,0 +1,245 @@
+"""Bytes, loading and Quanto's oddities, on small models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, QuantoConfig
+
+import qwquanto as q
+from conftest import make_model
+
+
+def settings(**more):
+    return replace(q.Settings(), device="cpu", **more)
+
+
+def load(folder, weights):
+    s = settings(model_name=str(folder), weights=None if weights == "none" else weights)
+    return q.load(s, str(folder), q.skeleton(s, str(folder)), ["cpu"])
+
+
+def by_hand(config, bits, tied):
+    """Stored bytes of the tiny Qwen2 (bf16): from its shape alone."""
+    h, m, kv, v, layers = (
+        config.hidden_size,
+        config.intermediate_size,
+        64,
+        config.vocab_size,
+        config.num_hidden_layers,
+    )
+    linear = [(h, h), (kv, h), (kv, h), (h, h), (m, h), (m, h), (h, m)]  # out, in
+    rest = 2 * (h + kv + kv + 2 * h)  # biases and norms of a layer
+    if bits == 16:
+        stored = sum(2 * o * i for o, i in linear)
+    elif bits == 8:
+        stored = sum(o * i + 2 * o for o, i in linear)  # a scale a row
+    else:
+        stored = sum(
+            o * i * bits // 8 + 2 * 2 * o * i // 128 for o, i in linear
+        )  # scale and shift a group of 128
+    scalars = 0 if bits == 16 else len(linear) * 2 * 4  # input_scale and output_scale of a QLinear
+    return layers * (stored + rest + scalars) + 2 * h + 2 * h * v * (1 if tied else 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_stored_bytes_of_every_precision(tmp_path, tied):
+    folder = make_model(tmp_path, steps=0, tie=tied)
+    config = AutoConfig.from_pretrained(folder)
+    for weights, bits in q.BITS.items():
+        model = load(folder, weights)
+        told = q.weigh(model)
+        buffers = sum(b.nbytes for n, b in model.named_buffers() if "inv_freq" in n)
+        assert told["weight_bytes"] - buffers == by_hand(config, bits, tied), weights
+        scalars = 0 if weights == "none" else 2 * 7 * 2 * 4
+        assert told["unquantized_bytes"] - buffers - scalars == by_hand(config, 16, tied)
+        assert (told["quantized_layers"], told["linear_layers"]) == (0 if weights == "none" else 14, 15)
+        empty = q.skeleton(settings(model_name=folder), folder)
+        assert q.expected_bytes(empty, weights) == pytest.approx(told["weight_bytes"], rel=0.01)
+
+
+def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):
+    read = {}
+    for tied in (True, False):
+        (tmp_path / str(tied)).mkdir()
+        model = load(make_model(tmp_path / str(tied), steps=0, tie=tied), "int8")
+        read[tied] = q.bytes_per_token(model, q.weigh(model)["weight_bytes"], 0)
+    assert read[True] == read[False]
+    cache = q.bytes_per_token(model, 0, 10) - q.bytes_per_token(model, 0, 0)
+    assert cache == 2 * 2 * 2 * 32 * 2 * 10  # keys and values, layers, heads, width, bytes, tokens
+
+
+def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
+    from optimum.quanto.library.extensions import extension
+
+    def build(*_, **__):
+        raise AssertionError("a compiler was started")
+
+    monkeypatch.setattr(extension, "load", build)
+    q.use_plain_kernels()
+    packed = torch.randint(0, 256, (16, 8), dtype=torch.uint8)
+    for bits in (2, 4):
+        parts = [(packed // 2**shift) % 2**bits for shift in range(0, 8, bits)]
+        assert torch.equal(torch.ops.quanto.unpack(packed, bits), torch.cat(parts))
+
+
+def test_upstream_float8_marlin_still_drops_the_bias():
+    """Once this fails, `use_plain_kernels` may leave "quanto_cuda" alone: Marlin adds the bias (see its docstring)."""
+    import inspect
+
+    from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearFunction
+
+    source = inspect.getsource(MarlinF8QBytesLinearFunction.forward)
+    assert source.count("bias") == 1, "the bias is used now"
+
+
+def test_upstream_int2_still_builds_an_extension(monkeypatch):
+    """Once this fails, `use_plain_kernels` may leave `unpack` alone."""
+    from optimum.quanto.library.extensions import extension
+
+    class Started(Exception):
+        pass
+
+    def build(*_, **__):
+        raise Started
+
+    monkeypatch.setattr(extension, "load", build)
+    registered = extension._extensions["quanto_cpp"]
+    monkeypatch.setattr(registered, "_lib", None)
+    with pytest.raises(Started):
+        torch.ops.quanto.unpack(torch.zeros(4, dtype=torch.uint8), 2)
+
+
+def test_random_weights_have_the_modules_and_bytes_of_a_real_load(tmp_path):
+    folder = make_model(tmp_path, steps=0)
+    for weights in q.BITS:
+        s = settings(model_name=folder, random_weights=True, weights=None if weights == "none" else weights)
+        random, real = q.load(s, folder, q.skeleton(s, folder), ["cpu"]), load(folder, weights)
+        assert q.weigh(random) == q.weigh(real)
+        assert [(n, type(m)) for n, m in random.named_modules()] == [
+            (n, type(m)) for n, m in real.named_modules()
+        ]
+        head, embedding = random.get_output_embeddings(), random.get_input_embeddings()
+        assert head.weight.data_ptr() == embedding.weight.data_ptr(), "still tied"
+        assert head.weight.float().std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_default_model_needs_no_file_and_has_its_published_size():
+    s = settings(random_weights=True)
+    assert q.fetch(s) is None
+    empty = q.skeleton(s, None)
+    assert sum(p.numel() for p in empty.parameters()) == 3_085_938_688
+    assert q.expected_bytes(empty, "none") / 1e9 == pytest.approx(6.172, abs=0.001)
+    assert q.expected_bytes(empty, "int8") / 1e9 == pytest.approx(3.399, abs=0.001)
+    assert len(q.linear_names(empty)) == 252
+
+
+def test_gpt2_has_nothing_to_quantize_and_the_report_says_so(tmp_path):
+    size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 50}
+    GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    told = q.weigh(load(tmp_path, "int8"))
+    assert told["quantized_layers"] == 0 and told["weight_bytes"] == told["unquantized_bytes"]
+    assert "NOTHING WAS QUANTIZED" in " ".join(q.warnings_for(q.Result(settings(), **told)))
+
+
+def test_sharded_and_damaged_checkpoints(tmp_path):
+    folder = make_model(tmp_path, steps=0, max_shard_size="300KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    q.check_checkpoint(folder)
+    assert q.weigh(load(folder, "int8"))["quantized_layers"] == 14
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-100])
+    with pytest.raises(q.Failure, match=shards[1].name):
+        q.check_checkpoint(folder)
+    shards[1].unlink()
+    with pytest.raises(q.Failure, match=shards[1].name):
+        q.check_checkpoint(folder)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model(tmp_path, steps=0)
+    state = load_file(tmp_path / "model.safetensors")
+    state.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    for weights in ("none", "int8"):
+        with pytest.raises(q.Failure, match="down_proj"):
+            load(folder, weights)
+
+
+def test_quality_against_an_independent_float64_computation(tiny, tmp_path):
+    """KL and same top token of a forced decode, against one full forward pass in float64."""
+    s = settings(model_name=tiny, quality_tokens=12, compare=("none", "int4"), dtype="float32")
+    models, prompt = {}, torch.tensor([[40, 41, 42, 43, 44]])
+    for weights in (None, "int4"):
+        mine = replace(s, weights=weights)
+        models[weights] = q.load(mine, tiny, q.skeleton(mine, tiny), ["cpu"])
+        rig = q.Rig(models[weights], None, prompt, 4, 100, True, ["cpu"], {})
+        quality = q.judge(mine, rig, tmp_path, lambda *_, **__: None)
+    answer = models[None].generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        at = slice(prompt.shape[1] - 1, answer.shape[1] - 1)
+        logits = {w: m(answer).logits[0, at].double() for w, m in models.items()}
+    p, r = (torch.log_softmax(logits[w], -1) for w in (None, "int4"))
+    assert quality.positions == answer.shape[1] - prompt.shape[1]
+    assert quality.kl_divergence == pytest.approx((p.exp() * (p - r)).sum(-1).mean().item(), rel=1e-3)
+    assert quality.kl_divergence > 1e-4
+    assert quality.same_top_token == pytest.approx((p.argmax(-1) == r.argmax(-1)).double().mean().item())
+
+
+def test_hub_errors_are_told_in_one_line_with_the_ways_on(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fails(error):
+        def download(*_, **__):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        with pytest.raises(q.Failure) as told:
+            q.fetch(settings(model_name="a/b"))
+        assert "\n" not in str(told.value)
+        return str(told.value)
+
+    def http(kind):
+        error = kind.__new__(kind)
+        Exception.__init__(error, "401 Client Error")
+        return error
+
+    offline = fails(errors.LocalEntryNotFoundError("no connection\nmore"))
+    assert all(way in offline for way in ("HF_ENDPOINT", "--model-name", "--random-weights"))
+    assert "gated" in fails(http(errors.GatedRepoError))
+    assert "no model a/b" in fails(http(errors.RepositoryNotFoundError))
+
+
+def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
+    folder = make_model(tmp_path, steps=0)
+    s = settings(model_name=folder)
+    empty = q.skeleton(s, folder)
+    monkeypatch.setattr(q, "free_memory", lambda device: q.expected_bytes(empty, "int4") * 1.2)
+    text, unavailable = q.explain(
+        torch.OutOfMemoryError("CUDA out of memory. Tried"), "loading", s, empty, ["cpu"]
+    )
+    assert "would fit: int4" in text and "int8" not in text and not unavailable
+
+
+def test_what_this_machine_lacks_is_unavailable_not_failed():
+    s = settings(compile=True)
+    text, unavailable = q.explain(
+        RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "compiling", s, None, ["cpu"]
+    )
+    assert unavailable and "C++ compiler" in text
+    text, unavailable = q.explain(ValueError("odd\nsecond line"), "loading", s, None, ["cpu"])
+    assert not unavailable and text == "ValueError while loading: odd (--debug shows more)"
+
+
+def test_quantized_model_is_the_one_that_transformers_gives(tiny):
+    mine = load(tiny, "int8")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny, dtype="auto", quantization_config=QuantoConfig(weights="int8")
+    )
+    ids = torch.tensor([[40, 41, 42]])
+    with torch.no_grad():
+        assert torch.equal(mine(ids).logits, theirs(ids).logits)
