@@ -58,6 +58,7 @@ RESULTS: str | None = None  # file for all numbers as JSON; "-": standard output
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -85,12 +86,12 @@ PROMISED = {  # by Quanto's documentation, against 16 bit
     "memory saved": "50-60 %", "16-bit speed": "90-95 %", "quality (KL)": "very close", "torch.compile": "+20-30 %",
 }  # fmt: skip
 SILENCE_S = 900  # a precision of a comparison that says nothing for so long is taken to hang
-QWEN2_5_3B = dict(  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs no network
-    model_type="qwen2", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-    num_key_value_heads=2, vocab_size=151936, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768,
-    max_window_layers=36, use_sliding_window=False, tie_word_embeddings=True, bos_token_id=151643,
-    eos_token_id=151643, dtype="bfloat16",
-)  # fmt: skip
+QWEN2_5_3B = {  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs no network
+    "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "max_window_layers": 36,
+    "use_sliding_window": False, "bos_token_id": 151643, "eos_token_id": 151643, "dtype": "bfloat16",
+}  # fmt: skip
 
 Tell = Callable[
     ..., None
@@ -127,7 +128,9 @@ def convert(text: str, hint: typing.Any) -> typing.Any:
 
 def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
     """Settings from the constants and their flags, and whether --debug was given; flags come from the constants."""
-    comments = dict(re.findall(r"^([A-Z_]+): .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    comments = dict(
+        re.findall(r"^([A-Z_]+): .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    )
     parser = argparse.ArgumentParser(
         "qwquanto.py", "python qwquanto.py [--FLAG VALUE ...]", __doc__.split("\n\n")[0], allow_abbrev=False
     )
@@ -139,7 +142,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
         elif hint is tuple:
             parser.add_argument(flag, nargs="*", default=default, metavar="WEIGHTS", help=shown)
         else:
-            to = lambda text, hint=hint: convert(text, hint)  # noqa: E731
+            to = lambda text, hint=hint: convert(text, hint)
             parser.add_argument(flag, type=to, default=default, metavar=name.split("_")[-1], help=shown)
     parser.add_argument(
         "--debug", action="store_true", help="show tracebacks and the libraries' own messages"
@@ -342,33 +345,31 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
 
 def nvml_names() -> list[str]:
     """Names of the GPUs that NVIDIA's driver sees; empty without driver."""
-    try:
-        import pynvml
+    import pynvml
 
+    try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         return [pynvml.nvmlDeviceGetName(handle) for handle in handles]
-    except Exception:
+    except pynvml.NVMLError:
         return []
 
 
 def nvml_handles(devices: list[str]) -> tuple[dict[str, typing.Any], list[str]]:
     """NVML's handle of each CUDA device, and notes. By UUID: CUDA_VISIBLE_DEVICES renumbers, NVML does not."""
+    import pynvml
     import torch
 
     handles, notes = {}, []
     for device in devices:
         if device.startswith("cuda"):
             try:
-                import pynvml
-
                 pynvml.nvmlInit()
                 uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
                 handles[device] = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            except Exception as error:
-                notes.append(
-                    f"no NVML for {device}: device memory in use and energy are unknown ({first_line(error)})"
-                )
+            except pynvml.NVMLError as error:
+                reason = f"device memory in use and energy are unknown ({first_line(error)})"
+                notes.append(f"no NVML for {device}: {reason}")
     return handles, notes
 
 
@@ -404,7 +405,9 @@ def environment(devices: list[str], handles: dict[str, typing.Any]) -> dict[str,
 
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        cpu = (re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M) or [cpu])[0]
+        cpu = (
+            re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE) or [cpu]
+        )[0]
     told = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
     told["ram"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
     for device in devices:
@@ -696,7 +699,13 @@ def load(s: Settings, folder: str | None, empty: typing.Any, devices: list[str])
     options = {"dtype": empty.dtype, "device_map": {"": devices[0]} if len(devices) == 1 else "auto"}
     if s.weights:
         use_plain_kernels()
+        from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
+
         options["quantization_config"] = QuantoConfig(weights=s.weights)
+        if s.compile and devices == [
+            "cpu"
+        ]:  # TinyGemm's packing takes a matrix product to undo: hours on a CPU
+            WeightQBitsTensor.create = staticmethod(WeightQBitsTensor)  # tensor/weights/qbits.py:65
     if s.random_weights:
         model = type(empty).from_pretrained(
             None, config=empty.config, state_dict=random_state(empty), **options
@@ -815,22 +824,203 @@ def fit(s: Settings, empty: typing.Any, devices: list[str], tell: Tell, notes: l
 
 
 # --------------------------------------------------------------------------------------------------- compile
+# Quanto under torch.compile. The documented `model = torch.compile(model)` compiles nothing, since generate() is bound
+# to the model inside (pytorch #161743), and generate()'s own compiling refuses Quanto. What follows makes it compile.
+
+WINDOW = 256  # attention reads the static cache in steps of so many tokens
 
 
-def compile_decode(s, rig, tell):
-    raise Failure("not yet")
+@functools.cache
+def plain_linear() -> type:
+    """The class of a linear layer that computes with Quanto's numbers as plain tensors, so that Inductor sees them.
+
+    A wrapped weight costs Python on every call, and quanto::qbytes_mm (library/qbytes_mm.py:24) is opaque: 5 bytes are
+    moved for each weight of one. Here a decode step reads the stored bytes once and accumulates in float32.
+
+    8 bits: weight = data * scale. 4 and 2 bits: weight = q * scale + zero a group, and data[row, group, i] holds the
+    group's elements i, i + chunk, …
+    """
+    import torch
+
+    class PlainLinear(torch.nn.Module):
+        def __init__(self, linear: typing.Any) -> None:
+            super().__init__()
+            weight = getattr(linear.weight, "data", linear.weight)
+            self.rows, self.cols = weight.shape
+            self.bits, self.bias = weight._qtype.bits, linear.bias
+            if self.bits == 8:
+                data, scale, zero = weight._data, weight._scale, None
+            else:
+                q, scale, zero = grouped(weight)
+                q = q.view(self.rows, scale.shape[1], 8 // self.bits, -1)
+                data = sum(q[:, :, i] << self.bits * i for i in range(8 // self.bits))
+            self.register_buffer("data", data)
+            self.register_buffer("scale", scale)
+            self.register_buffer("zero", zero)
+
+        def forward(self, x: typing.Any) -> typing.Any:
+            shape, x = (*x.shape[:-1], self.rows), x.reshape(-1, self.cols)
+            parts = 8 // self.bits
+            if (
+                x.is_cpu
+                and self.data.dtype == torch.int8
+                and x.dtype == torch.bfloat16
+                and self.cols % 4 == 0
+            ):
+                y = torch._weight_int8pack_mm(x, self.data, self.scale.flatten())  # as Quanto does on a CPU
+            elif x.shape[0] > 1:
+                y = x @ self.dequantized().t()
+            elif self.bits == 8:  # a sum, not a matmul: Inductor fuses it with the reading of the bytes
+                y = (x.float() * self.eight_bits()).sum(-1) * self.scale.float().flatten()
+            else:  # scale and zero taken out of the sum over a group
+                x, q = x.float().view(-1, parts, self.data.shape[2]), self.data.int()
+                dots = sum(x[:, i] * (q >> i * self.bits & 2**self.bits - 1) for i in range(parts)).sum(-1)
+                y = (dots * self.scale.float() + x.sum((1, 2)) * self.zero.float()).sum(-1)
+            y = y.to(self.scale.dtype).view(shape)
+            return y if self.bias is None else y + self.bias
+
+        def eight_bits(self) -> typing.Any:
+            if self.data.is_cuda or self.data.dtype != torch.float8_e4m3fn:
+                return self.data.float()
+            bits = self.data.view(torch.uint8).int()  # Inductor vectorizes no float8 on a CPU, but integers
+            exponent = bits >> 3 & 15
+            value = (bits & 7 | exponent.clamp(max=1) << 3) << exponent.clamp(min=1)
+            return (value * (1 - (bits >> 6 & 2))).float() * 2.0**-10
+
+        def dequantized(self) -> typing.Any:
+            if self.bits == 8:
+                return self.data.to(self.scale.dtype) * self.scale
+            q = [self.data >> i * self.bits & 2**self.bits - 1 for i in range(8 // self.bits)]
+            q = torch.stack(q, 2).flatten(2)
+            return (q * self.scale[:, :, None] + self.zero[:, :, None]).view(self.rows, self.cols)
+
+    return PlainLinear
 
 
-def graphs_compiled():
-    return 0
+def grouped(weight: typing.Any) -> tuple[typing.Any, typing.Any, typing.Any]:
+    """A 4- or 2-bit weight's integers, shape [rows, columns], and its scale and zero, shape [rows, groups]."""
+    rows, cols = weight.shape
+    if hasattr(weight, "_scale_shift"):  # TinyGemm: weight = (q - 8) * scale + shift
+        scale, shift = (part.t().contiguous() for part in weight._scale_shift.unbind(-1))
+        return weight._data.unpack(), scale, shift - 8 * scale
+    q = weight._data.unpack().view(rows, cols)
+    scale, shift = weight._scale.view(rows, -1), weight._shift.view(rows, -1)
+    return q, scale, -shift if shift.is_floating_point() else -shift * scale
 
 
-def compiled_options(cache, clock):
-    return {}
+def window_attention(module, query, key, value, mask, scaling=None, **more):
+    """Attention over the first mask.shape[-1] places of the cache; heads of a group share their keys uncopied.
+
+    transformers' own sdpa copies keys and values for every head, and reads all of a static cache. Refuses what it does
+    not know, so that no model is computed wrongly.
+    """
+    import torch
+
+    if unknown := [
+        k for k, v in more.items() if k in ("softcap", "s_aux", "sliding_window", "position_bias") and v
+    ]:
+        raise Failure(f"--compile does not know this model's attention ({', '.join(unknown)}): leave it out")
+    key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
+    batch, heads, length, size = query.shape
+    if length == 1:
+        query = query.view(batch, key.shape[1], -1, size)
+        scores = (query @ key.transpose(2, 3)).float() * scaling
+        out = torch.softmax(scores.masked_fill(~mask, -math.inf), -1).to(query.dtype) @ value
+    else:
+        key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return out.reshape(batch, heads, length, size).transpose(1, 2).contiguous(), None
 
 
-def mean_window(a, b, c):
-    return 0
+def compilable(model: typing.Any, longest: int) -> dict[str, typing.Any]:
+    """Prepare a model for compiled decode up to `longest` tokens; returns the options that generate() then needs.
+
+    For one sequence without padding; the cache must be reset before every generate(). One preparation a process.
+    """
+    import torch
+    from optimum.quanto import QLinear
+    from transformers import AttentionInterface, CompileConfig, StaticCache
+
+    if len({str(p.device) for p in model.parameters()}) > 1:
+        raise Failure(
+            "--compile needs the model on one device: it is spread over several, leave --compile out"
+        )
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QLinear):
+            model.set_submodule(name, plain_linear()(module))
+    model.hf_quantizer = (
+        None  # is_compileable is False for Quanto: transformers quantizers/base.py, is_compileable
+    )
+    longest = -(-longest // WINDOW) * WINDOW
+    cache = StaticCache(
+        config=model.config, max_cache_len=longest + 16
+    )  # never as long as a window: see `dynamic`
+    AttentionInterface.register("window", window_attention)
+    model.config._attn_implementation = "window"
+    causal, end = torch.ones(longest, longest, dtype=torch.bool, device=model.device).tril(), 0
+
+    def masks(inputs_embeds: typing.Any, is_first_iteration: bool = False, **_: typing.Any) -> typing.Any:
+        """A row of a table; transformers builds it anew for each token, op by op, 0.5 ms (generation/utils.py:728)."""
+        nonlocal end
+        length = inputs_embeds.shape[1]
+        end = length if is_first_iteration else end + length
+        mask = causal[end - length : end, : -(-end // WINDOW) * WINDOW][None, None]
+        torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all windows
+        return mask
+
+    model.create_masks_for_generate = masks
+    options: dict[str, typing.Any] = {"guard_filter_fn": shape_guards}
+    if model.device.type == "cuda":  # untuned, Inductor's sums run 1.6 times slower
+        options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
+    config._compile_all_devices = (
+        True  # the CPU too: transformers generation/utils.py, _valid_auto_compile_criteria
+    )
+    return {"past_key_values": cache, "compile_config": config}
+
+
+def shape_guards(guards: typing.Any) -> list[bool]:
+    """Keep only the guards on shapes: nothing else changes here, and checking 700 module guards costs 0.4 ms a token."""
+    return [guard.guard_type == "SHAPE_ENV" for guard in guards]
+
+
+def graphs_compiled() -> int:
+    """Graphs that Dynamo has captured in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def compile_decode(s: Settings, rig: Rig, tell: Tell) -> tuple[Rig, Compiled]:
+    """Compile the decode step by running it, all windows of the cache included. Raises Failure if nothing was compiled."""
+    begin, tokens = time.perf_counter(), rig.prompt.shape[1]
+    longest = max(
+        tokens + rig.new_tokens, tokens + min(s.quality_tokens, rig.room) if s.compare else 0, PREFILL_TOKENS
+    )
+    tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or a few")
+    rig = replace(rig, compiled=compilable(rig.model, longest))
+    patient = replace(s, max_seconds=math.inf)
+    run_once(patient, rig, s.seed, tell, "compiling", WARMUP_TOKENS)
+    if rig.model.device.type == "cuda":  # each window's CUDA graph is recorded when it is first reached
+        run_once(s, rig, s.seed, tell, "recording CUDA graphs")
+    from torch._dynamo.utils import counters
+
+    if graphs_compiled() == 0:
+        raise Failure(
+            "torch.compile compiled nothing: these figures would be eager ones; leave --compile out"
+        )
+    if skipped := counters["inductor"]["cudagraph_skips"]:
+        raise Failure(
+            f"CUDA graphs were skipped {skipped} times: the figures would not be those of compiled decode"
+        )
+    return rig, Compiled(time.perf_counter() - begin, graphs_compiled())
+
+
+def mean_window(prompt_tokens: int, generated_tokens: int) -> float:
+    """Tokens of the static cache that a decode step reads, on average."""
+    return statistics.fmean(
+        -(-(prompt_tokens + i) // WINDOW) * WINDOW for i in range(1, max(2, generated_tokens))
+    )
 
 
 # --------------------------------------------------------------------------------------------------- measure
@@ -876,7 +1066,7 @@ class Rig:
     exact: bool
     devices: list[str]
     handles: dict[str, typing.Any]
-    cache: typing.Any = None  # a static cache where the decode step is compiled
+    compiled: dict[str, typing.Any] = field(default_factory=dict)  # options of `compilable`
 
 
 def options_for(s: Settings, rig: Rig) -> dict[str, typing.Any]:
@@ -900,13 +1090,12 @@ def generate(rig: Rig, prompt: typing.Any, clock: Clock, **options: typing.Any) 
     """The token ids, shape [1, prompt + new], of one timed call of model.generate()."""
     import torch
 
-    if rig.cache is not None:
-        options |= compiled_options(rig.cache, clock)
+    if rig.compiled:
+        rig.compiled["past_key_values"].reset()
     clock.synchronize()
     clock.begin = time.perf_counter()
-    ids = rig.model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=[clock], **options
-    )
+    options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [clock]}
+    ids = rig.model.generate(prompt, **options, **rig.compiled)
     clock.synchronize()
     return ids
 
@@ -965,7 +1154,6 @@ def prefill_rate(s: Settings, rig: Rig, tell: Tell) -> tuple[int, float]:
     """
     import torch
 
-    plain = replace(rig, cache=None)  # prefill is never compiled, and needs no static cache
     config = rig.model.config.get_text_config()
     tokens = min(PREFILL_TOKENS, getattr(config, "max_position_embeddings", PREFILL_TOKENS) - 1)
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(rig.prompt.device)
@@ -973,7 +1161,7 @@ def prefill_rate(s: Settings, rig: Rig, tell: Tell) -> tuple[int, float]:
     def once(length: int) -> float:
         tell(f"prefill of {length} tokens", live=True)
         clock = Clock(synchronizer(rig.devices), math.inf, 1, lambda *_: None)
-        generate(plain, ids[:, :length], clock, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        generate(rig, ids[:, :length], clock, max_new_tokens=1, do_sample=False, pad_token_id=0)
         return clock.stamps[0] - clock.begin
 
     small = once(min(32, tokens))
@@ -1119,7 +1307,7 @@ def measure(
         if reference and s.quality_tokens and not s.random_weights:
             doing = "measuring quality"
             grow(quality=judge(s, rig, Path(reference), tell))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (whatever it is becomes one line, and nothing measured is lost)
         if debug:
             raise
         text, unavailable = explain(error, doing, s, empty, devices)
@@ -1235,8 +1423,8 @@ def utilization(r: Result, model: typing.Any, rig: Rig, speeds: dict[str, float]
     Over several GPUs, which work one after the other, the time that memory needs is the sum of each one's.
     """
     cached = rig.prompt.shape[1] + statistics.fmean(run.generated_tokens for run in r.runs) / 2
-    if rig.cache is not None:
-        cached = mean_window(rig.prompt.shape[1], max(run.generated_tokens for run in r.runs), rig.cache)
+    if rig.compiled:
+        cached = mean_window(rig.prompt.shape[1], max(run.generated_tokens for run in r.runs))
     step, rate = bytes_per_token(model, r.weight_bytes, cached), decode_rate(r.runs)
     if step is None or rate is None:
         return {"bytes_per_token": step}
@@ -1393,7 +1581,7 @@ def speed_table(r: Result) -> list[typing.Any]:
     rows += [[name, value, "", ""] for name, value in single.items()]
     title = f"Speed: {len(r.runs)} timed runs, {r.runs[0].prompt_tokens} prompt tokens"
     if r.compiled:
-        title += f"; decode compiled in {digits(r.compiled.seconds)} s: {r.compiled.graphs} graphs, "
+        title += f"; decode compiled in {digits(r.compiled.seconds)} s: {r.compiled.graphs} graph(s), "
         title += f"{r.compiled.recompilations} recompilations"
     return table(title, ("", "median", "min", "max"), rows)
 

@@ -45,7 +45,9 @@ def test_one_precision_reports_and_recites(script, tiny):
 def test_sampling_is_seeded_and_settings_are_the_used_ones(script, tiny):
     texts = []
     for _ in range(2):
-        ended = script(model_name=tiny, weights="none", max_length=24, temperature=5.0, seed=3)
+        ended = script(
+            model_name=tiny, weights="none", question=QUESTION, max_length=40, temperature=5.0, seed=3
+        )
         texts.append([run["text"] for run in ended.results[0]["runs"]])
         assert [run["seed"] for run in ended.results[0]["runs"]] == [3, 4]
         assert ended.results[0]["generation"]["top_k"] == 50
@@ -62,7 +64,7 @@ def test_a_model_that_ends_at_once(script, tmp_path):
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     torch.nn.init.zeros_(model.lm_head.weight)  # all logits equal: greedy takes token 0, the end
     model.save_pretrained(folder)
-    ended = no_traceback(script(model_name=folder, do_sample=False, max_length=40))
+    ended = no_traceback(script(model_name=folder, question=QUESTION, do_sample=False, max_length=40))
     assert ended.code == 0 and all(run["generated_tokens"] == 1 for run in ended.results[0]["runs"])
     assert re.search(r"\| 1 +\| eos +\| +1 \| +[\d.]+ \| +– \|", ended.out)
 
@@ -70,7 +72,7 @@ def test_a_model_that_ends_at_once(script, tmp_path):
 def test_piped_output_is_uncut_utf8_whatever_the_locale(script, tiny):
     chinese = "如何计算矩阵的行列式？"
     for env in ({"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "cp1252"}):
-        ended = no_traceback(script(env=env, model_name=tiny, question=chinese, max_length=48, runs=1))
+        ended = no_traceback(script(env=env, model_name=tiny, question=chinese, max_length=80, runs=1))
         assert ended.code == 0 and "…" not in ended.out, ended.err
         assert all(line == line.rstrip() for line in ended.out.splitlines())
 
@@ -84,7 +86,9 @@ def test_report_fits_80_columns(tiny, tmp_path):
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 80, 0, 0))
-    flags = arguments({"model_name": tiny, "max_length": 60, "runs": 2, "device": "cpu"})
+    flags = arguments(
+        {"model_name": tiny, "max_length": 40, "question": QUESTION, "runs": 2, "device": "cpu"}
+    )
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *flags], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL
     )
@@ -104,7 +108,7 @@ def test_report_fits_80_columns(tiny, tmp_path):
 def test_json_to_standard_output_sends_the_report_to_the_other(script, tiny):
     import json
 
-    ended = script(model_name=tiny, max_length=40, runs=1, results="-")
+    ended = script(model_name=tiny, question=QUESTION, max_length=40, runs=1, results="-")
     assert json.loads(ended.out)["results"][0]["runs"][0]["generated_tokens"] > 0
     assert "### Speed" in ended.err
 
@@ -176,7 +180,9 @@ def children(process):
 
 
 def test_ctrl_c_in_the_second_run_keeps_the_first(tiny, tmp_path):
-    _, process = start(tmp_path, model_name=tiny, runs=50, max_length=400, temperature=50.0)
+    _, process = start(
+        tmp_path, model_name=tiny, question=QUESTION, runs=50, max_length=400, temperature=50.0
+    )
     wait_for(lambda: saved(tmp_path) and saved(tmp_path)[0]["runs"], process)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -1,0 +1,213 @@
+"""Each number of a GPU against an independent witness. Run: python -m pytest -m gpu -s tests/test_gpu.py
+
+Qwen2.5-3B's shape with random weights, int8 unless said otherwise. REQUIRE_GPU=1 makes a skip an error. `-s` shows the
+table of witnesses.
+"""
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qwquanto as q
+from conftest import SCRIPT, arguments
+
+pytestmark = pytest.mark.gpu
+
+
+def smi(what, device="0"):
+    """One figure of nvidia-smi, of the GPU that torch calls cuda:N."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(int(device)).uuid}"
+    told = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", "-i", uuid],
+        capture_output=True, encoding="utf-8", check=True,
+    )  # fmt: skip
+    return float(told.stdout)
+
+
+def witness(name, ours, theirs, tolerance):
+    """Print and assert that two figures agree within a relative tolerance."""
+    print(f"| {name} | {ours:.6g} | {theirs:.6g} | {ours / theirs - 1:+.2%} |", flush=True)
+    assert ours == pytest.approx(theirs, rel=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def rig():
+    """Qwen2.5-3B's shape in int8 on the first GPU."""
+    s = replace(q.Settings(), random_weights=True, device="cuda:0")
+    handles, notes = q.nvml_handles(["cuda:0"])
+    assert not notes
+    model = q.load(s, None, q.skeleton(s, None), ["cuda:0"])
+    tokenizer, prompt = q.prompt_ids(s, None, model)
+    yield q.Rig(model, tokenizer, prompt, 128, 4096, True, ["cuda:0"], handles)
+    del model
+    torch.cuda.empty_cache()
+
+
+def silent(*_, **__):
+    pass
+
+
+def test_memory(rig):
+    seen = q.snapshot(["cuda:0"], rig.handles)
+    stats = torch.cuda.memory_stats("cuda:0")
+    witness("allocated B", seen["cuda:0 allocated"], stats["allocated_bytes.all.current"], 0)
+    witness("reserved B", seen["cuda:0 reserved"], stats["reserved_bytes.all.current"], 0)
+    witness("device used MiB (NVML)", seen["cuda:0 used"] / 2**20, smi("memory.used"), 0.01)
+    witness(
+        "weights B of allocated",
+        q.weigh(rig.model)["weight_bytes"],
+        stats["allocated_bytes.all.current"],
+        0.01,
+    )
+    with q.peak_memory(["cuda:0"], rig.handles) as peak:
+        block = torch.empty(3 * 2**30, dtype=torch.uint8, device="cuda:0")
+        del block
+        told = peak()
+    witness(
+        "peak B", told["cuda:0 allocated"], torch.cuda.memory_stats("cuda:0")["allocated_bytes.all.peak"], 0
+    )
+    assert told["cuda:0 allocated"] - seen["cuda:0 allocated"] == pytest.approx(3 * 2**30, rel=1e-6)
+
+
+def test_bandwidth():
+    size = 2**30
+    source, target = torch.ones(size // 4, device="cuda:0"), torch.empty(size // 4, device="cuda:0")
+    times = []
+    for _ in range(20):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    witness(
+        "memory GB/s, against CUDA events",
+        q.memory_bandwidth("cuda:0") / 1e9,
+        2 * size / min(times[5:]) / 1e9,
+        0.05,
+    )
+
+
+def test_speed(rig):
+    """tokens/s against a stopwatch around a bare generate(), TTFT against max_new_tokens=1; pairs, alternating."""
+    s = q.Settings()
+    bare = dict(q.options_for(s, rig), attention_mask=torch.ones_like(rig.prompt))
+
+    def stopwatch(**more):
+        torch.manual_seed(0)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        rig.model.generate(rig.prompt, **(bare | more))
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    stopwatch()
+    ours, theirs, first, one = [], [], [], []
+    for _ in range(7):
+        run = q.run_once(s, rig, 0, silent, "")
+        ours.append(run.tokens_per_s)
+        first.append(run.ttft_s)
+        theirs.append(128 / stopwatch())
+        one.append(stopwatch(max_new_tokens=1, min_new_tokens=1))
+    witness("tokens/s, against a stopwatch", statistics.median(ours), statistics.median(theirs), 0.03)
+    witness("TTFT s, against max_new_tokens=1", statistics.median(first), statistics.median(one), 0.1)
+
+
+def test_energy(rig):
+    """The counter's difference over a long run against the integral of nvidia-smi's power."""
+    watts, ended = [], threading.Event()
+
+    def watch():
+        while not ended.is_set():
+            watts.append((time.perf_counter(), smi("power.draw.instant")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    time.sleep(0.5)
+    begin = time.perf_counter()
+    run = q.run_once(q.Settings(), replace(rig, new_tokens=300), 0, silent, "")
+    end = begin + run.latency_s
+    time.sleep(0.5)
+    ended.set()
+    watcher.join()
+    inside = [w for t, w in watts if begin <= t <= end]
+    witness("energy J, against nvidia-smi", q.joules(run), statistics.fmean(inside) * run.latency_s, 0.1)
+
+
+def test_float8_keeps_its_biases():
+    """Quanto's own CUDA kernel for float8 drops them; the script's choice of kernel must not."""
+    from optimum.quanto import QLinear, qfloat8
+
+    q.use_plain_kernels()
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(2048, 256, dtype=torch.bfloat16, device="cuda:0")
+    linear.bias.data.normal_(0, 3)
+    quantized = QLinear.from_module(linear, weights=qfloat8)
+    quantized.freeze()
+    x = torch.randn(1, 5, 2048, dtype=torch.bfloat16, device="cuda:0")
+    with torch.no_grad():
+        wanted = x.double() @ linear.weight.double().t() + linear.bias.double()
+        error = (quantized(x).double() - wanted).norm() / wanted.norm()
+    witness("float8 with bias: 1 + relative error", 1 + error.item(), 1, 0.03)
+
+
+def run_script(env=None, **flags):
+    """The script as a process on the GPU."""
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments({"random_weights": True, "max_length": 64, "runs": 1} | flags)],
+        capture_output=True, encoding="utf-8", env=os.environ | (env or {}), check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_handle_under_cuda_visible_devices():
+    """A GPU named by UUID is cuda:0 to torch whatever its number is to NVML."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    done = run_script({"CUDA_VISIBLE_DEVICES": uuid})
+    assert done.returncode == 0 and "cuda:0 used by all" in done.stdout, done.stderr
+
+
+def test_no_compiler_is_needed():
+    """Without nvcc and ninja on the PATH every precision runs: nothing is built."""
+    path = os.pathsep.join(
+        p for p in os.environ["PATH"].split(os.pathsep) if "cuda" not in p and "venv" not in p
+    )
+    done = run_script(
+        {"PATH": path, "CUDA_HOME": "/nowhere"}, compare=("float8", "int4", "int2"), compare_tokens=8
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_out_of_memory_at_load_and_in_a_run():
+    """Most of the card taken: one line that says so, no traceback."""
+    free, _ = torch.cuda.mem_get_info("cuda:0")
+    for left in (2.0e9, 5.2e9):  # too little for the weights; too little for a run after them
+        taken = torch.empty(int(free - left), dtype=torch.uint8, device="cuda:0")
+        done = run_script(max_length=30000 if left > 3e9 else 64, max_seconds=20)
+        print(done.stdout[-300:], done.stderr[-600:], flush=True)
+        assert "Traceback" not in done.stdout + done.stderr
+        if left < 3e9:
+            assert done.returncode == 1 and "out of memory while loading" in done.stdout + done.stderr
+        del taken
+        torch.cuda.empty_cache()
+
+
+def test_ctrl_c_during_a_run():
+    flags = arguments({"random_weights": True, "max_length": 4000, "runs": 5})
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    for line in process.stderr:
+        if re.search("runs of at most", line):
+            break
+    time.sleep(3)
+    process.send_signal(2)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "### Memory" in out and "Traceback" not in out + err
