@@ -44,7 +44,7 @@ RANDOM_WEIGHTS: bool = False  # no download: speed and memory hold, text and qua
 QUESTION: str = "如何计算矩阵的行列式？请详细解释计算步骤。"  # the prompt
 CHAT: bool = False  # wrap the question in the model's chat template (Instruct models)
 RUNS: int = 5  # timed runs
-WARMUP_RUNS: int = 1  # untimed runs of 16 tokens before them, shown apart
+WARMUP_RUNS: int = 1  # untimed runs before them, shown apart: 16 tokens, or more within 5 seconds
 MAX_LENGTH: int = 2048  # prompt + new tokens
 MAX_SECONDS: float = 60  # a run also ends here, so that a slow machine finishes too
 COMPARE_TOKENS: int = 128  # new tokens of every run in a comparison: the same work for each precision
@@ -79,7 +79,10 @@ from pathlib import Path
 PRECISIONS = ("none", "float8", "int8", "int4", "int2")
 BITS = {"none": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
 PREFILL_TOKENS = 512  # as llama-bench's pp512
-WARMUP_TOKENS = 16
+WARMUP_TOKENS, WARMUP_S = (
+    16,
+    5,
+)  # a warm-up ends when it has had both: a GPU's allocator settles over many tokens
 KEEPS, BREAKS = 0.05, 0.5  # nats of KL: below the first answers are kept, above the second they are broken
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
 PROMISED = {  # by Quanto's documentation, against 16 bit
@@ -957,14 +960,14 @@ def compilable(model: typing.Any, longest: int) -> dict[str, typing.Any]:
     )  # never as long as a window: see `dynamic`
     AttentionInterface.register("window", window_attention)
     model.config._attn_implementation = "window"
-    causal, end = torch.ones(longest, longest, dtype=torch.bool, device=model.device).tril(), 0
+    places, end = torch.arange(longest, device=model.device), 0
 
     def masks(inputs_embeds: typing.Any, is_first_iteration: bool = False, **_: typing.Any) -> typing.Any:
-        """A row of a table; transformers builds it anew for each token, op by op, 0.5 ms (generation/utils.py:728)."""
+        """Causal mask of one window; transformers builds it op by op, 0.5 ms a token (generation/utils.py:728)."""
         nonlocal end
         length = inputs_embeds.shape[1]
         end = length if is_first_iteration else end + length
-        mask = causal[end - length : end, : -(-end // WINDOW) * WINDOW][None, None]
+        mask = (places[: -(-end // WINDOW) * WINDOW] <= places[end - length : end, None])[None, None]
         torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all windows
         return mask
 
@@ -999,8 +1002,7 @@ def compile_decode(s: Settings, rig: Rig, tell: Tell) -> tuple[Rig, Compiled]:
     )
     tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or a few")
     rig = replace(rig, compiled=compilable(rig.model, longest))
-    patient = replace(s, max_seconds=math.inf)
-    run_once(patient, rig, s.seed, tell, "compiling", WARMUP_TOKENS)
+    run_once(s, rig, s.seed, tell, "compiling", warm_up=True)
     if rig.model.device.type == "cuda":  # each window's CUDA graph is recorded when it is first reached
         run_once(s, rig, s.seed, tell, "recording CUDA graphs")
     from torch._dynamo.utils import counters
@@ -1037,7 +1039,7 @@ class Clock:
 
     synchronize: Callable[[], None]
     limit_s: float
-    limit_tokens: int
+    least_tokens: int  # before the time limit counts
     each_token: Callable[[int, float], None]  # tokens so far, seconds so far
     only_first: bool = False
     begin: float = 0.0
@@ -1049,9 +1051,9 @@ class Clock:
             self.synchronize()
         self.stamps.append(time.perf_counter())
         seconds = self.stamps[-1] - self.begin
-        self.late = seconds >= self.limit_s
         self.each_token(len(self.stamps), seconds)
-        return self.late or len(self.stamps) >= self.limit_tokens
+        self.late = seconds >= self.limit_s and len(self.stamps) >= self.least_tokens
+        return self.late
 
 
 @dataclass(frozen=True)
@@ -1100,10 +1102,8 @@ def generate(rig: Rig, prompt: typing.Any, clock: Clock, **options: typing.Any) 
     return ids
 
 
-def run_once(
-    s: Settings, rig: Rig, seed: int, tell: Tell, title: str, limit_tokens: int | None = None
-) -> Run:
-    """One timed generation of the question."""
+def run_once(s: Settings, rig: Rig, seed: int, tell: Tell, title: str, warm_up: bool = False) -> Run:
+    """One timed generation of the question; a warm-up ends early, after WARMUP_TOKENS and WARMUP_S."""
     import torch
 
     told = [0.0]
@@ -1114,9 +1114,8 @@ def run_once(
             tell(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", live=True)
 
     mps = rig.devices == ["mps"]
-    clock = Clock(
-        synchronizer(rig.devices), s.max_seconds, limit_tokens or rig.new_tokens, progress, only_first=mps
-    )
+    limits = (WARMUP_S, WARMUP_TOKENS) if warm_up else (s.max_seconds, 0)
+    clock = Clock(synchronizer(rig.devices), *limits, progress, only_first=mps)
     options = options_for(s, rig)
     torch.manual_seed(seed)
     energy = energy_j(rig.handles)
@@ -1160,7 +1159,7 @@ def prefill_rate(s: Settings, rig: Rig, tell: Tell) -> tuple[int, float]:
 
     def once(length: int) -> float:
         tell(f"prefill of {length} tokens", live=True)
-        clock = Clock(synchronizer(rig.devices), math.inf, 1, lambda *_: None)
+        clock = Clock(synchronizer(rig.devices), math.inf, 0, lambda *_: None)
         generate(rig, ids[:, :length], clock, max_new_tokens=1, do_sample=False, pad_token_id=0)
         return clock.stamps[0] - clock.begin
 
@@ -1278,7 +1277,7 @@ def measure(
         rig = Rig(model, tokenizer, prompt, min(wanted, room), room, bool(s.compare), devices, handles)
         grow(generation=really_used(s, rig))
         if s.compile and s.compare:
-            run_once(s, rig, s.seed, tell, "eager warm-up", WARMUP_TOKENS)
+            run_once(s, rig, s.seed, tell, "eager warm-up", warm_up=True)
             for i in range(s.runs):
                 grow(
                     eager_runs=[
@@ -1292,7 +1291,7 @@ def measure(
             grow(compiled=compiled)
             doing = "running the compiled model"
         for i in range(s.warmup_runs):
-            grow(warmup=[*result.warmup, run_once(s, rig, s.seed + i, tell, "warm-up", WARMUP_TOKENS)])
+            grow(warmup=[*result.warmup, run_once(s, rig, s.seed + i, tell, "warm-up", warm_up=True)])
         announce(s, result, rig, tell)
         with peak_memory(devices, handles) as peak:
             for i in range(s.runs):
@@ -1307,7 +1306,7 @@ def measure(
         if reference and s.quality_tokens and not s.random_weights:
             doing = "measuring quality"
             grow(quality=judge(s, rig, Path(reference), tell))
-    except Exception as error:  # noqa: BLE001 (whatever it is becomes one line, and nothing measured is lost)
+    except Exception as error:
         if debug:
             raise
         text, unavailable = explain(error, doing, s, empty, devices)
@@ -1359,11 +1358,9 @@ def judge(s: Settings, rig: Rig, folder: Path, tell: Tell) -> Quality | None:
         rows, tokens = np.load(rows_file, mmap_mode="r"), np.load(tokens_file)
     told = "the reference answer" if s.weights is None else "quality on the reference answer"
     each = lambda n, _: tell(f"{told}: {n} of {len(tokens)} tokens", live=True) if n % 8 == 0 else None
-    clock = Clock(synchronizer(rig.devices), math.inf, len(tokens), each)
-    options = options_for(replace(s, do_sample=False), rig) | {
-        "max_new_tokens": len(tokens),
-        "repetition_penalty": 1.0,
-    }
+    clock = Clock(synchronizer(rig.devices), math.inf, 0, each)
+    options = options_for(replace(s, do_sample=False), rig)
+    options |= {"max_new_tokens": len(tokens), "repetition_penalty": 1.0}
     options.pop("min_new_tokens", None)
     ids = generate(rig, rig.prompt, clock, logits_processor=[force if s.weights else keep], **options)
     if s.weights is None:
@@ -1615,8 +1612,10 @@ def weight_lines(r: Result) -> list[str]:
         return []
     kinds = ", ".join(f"{count} {kind}" for kind, count in r.weight_types.items())
     return [
-        f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/] ({gib(r.weight_bytes)} GiB); unquantized "
-        f"{r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved. Loaded in {digits(r.load_s)} s.",
+        (
+            f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/] ({gib(r.weight_bytes)} GiB); unquantized "
+            f"{r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved. Loaded in {digits(r.load_s)} s."
+        ),
         f"Quantized: {r.quantized_layers} of {r.linear_layers} linear layers{f' ({kinds})' if kinds else ''}.",
     ]
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import qwquanto as q  # noqa: E402
+import qwquanto as q
 
 
 def main(folder: str, pairs: int = 24, tokens: int = 32) -> None:

@@ -81,10 +81,15 @@ def test_runs_end_by_time_and_by_length(time):
     assert (run.stop_reason, run.generated_tokens) == ("length", 3)
 
 
-def test_the_warm_up_keeps_max_new_tokens_and_stops_early(time):
-    model = FakeModel(time, [1] * 10)
-    run = q.run_once(q.Settings(), rig(model), 0, silent, "warm-up", 4)
-    assert (run.generated_tokens, model.calls[0]["max_new_tokens"]) == (4, 10)
+def test_the_warm_up_keeps_max_new_tokens_and_ends_early(time):
+    def warm(gap):
+        model = FakeModel(time, [1] * 100, gap=gap, first=gap)
+        run = q.run_once(q.Settings(), rig(model, new_tokens=100), 0, silent, "warm-up", warm_up=True)
+        assert model.calls[0]["max_new_tokens"] == 100  # the same static cache as in the timed runs
+        return run.generated_tokens
+
+    assert warm(10.0) == q.WARMUP_TOKENS  # slow: a few tokens
+    assert warm(0.125) == q.WARMUP_S / 0.125  # fast: a few seconds
 
 
 def test_options_and_seeds_that_generate_gets(time):
@@ -168,7 +173,12 @@ def test_nvml_finds_the_gpu_by_uuid_not_by_number(monkeypatch):
 
 
 def test_nvml_absent_is_told_once_and_its_figures_are_unknown(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    import pynvml
+
+    def absent():
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", absent)
     handles, notes = q.nvml_handles(["cuda:0"])
     assert handles == {} and len(notes) == 1 and "no NVML for cuda:0" in notes[0]
     assert q.energy_j(handles) == {} and q.nvml_names() == []

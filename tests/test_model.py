@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, QuantoConfig
 
 import qwquanto as q
-from conftest import make_model
 
 
 def settings(**more):

@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-
 from conftest import ANSWER, QUESTION, SCRIPT, arguments, make_model
 
 
@@ -270,10 +269,12 @@ def test_a_hanging_and_a_raising_precision_are_rows(script, tiny, tmp_path):
         ("SILENCE_S = 900", "SILENCE_S = 20"),
         (
             "    from transformers import AutoModelForCausalLM, QuantoConfig, logging\n",
-            "    from transformers import AutoModelForCausalLM, QuantoConfig, logging\n"
-            "    if s.weights == 'int8':\n        time.sleep(3600)\n"
-            "    if s.weights == 'int4':\n        raise ValueError('odd weights')\n"
-            "    if s.weights == 'int2':\n        raise Unavailable('needs a compiler')\n",
+            (
+                "    from transformers import AutoModelForCausalLM, QuantoConfig, logging\n"
+                "    if s.weights == 'int8':\n        time.sleep(3600)\n"
+                "    if s.weights == 'int4':\n        raise ValueError('odd weights')\n"
+                "    if s.weights == 'int2':\n        raise Unavailable('needs a compiler')\n"
+            ),
         ),
     )
     small = SMALL | {"runs": 1, "quality_tokens": 0}

@@ -6,9 +6,9 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
+from conftest import SCRIPT
 
 import qwquanto as q
-from conftest import SCRIPT
 
 LIGHT = "import sys, runpy; sys.argv = {argv!r}\ntry: runpy.run_path({path!r}, run_name='__main__')\nexcept SystemExit as end:\n    code = end.code\nprint('torch' in sys.modules, 'transformers' in sys.modules, code)"
 
