@@ -493,7 +493,8 @@ def snapshot(devices: list[str], handles: dict[str, typing.Any]) -> dict[str, in
         if device in handles:
             import pynvml
 
-            told[f"{device} used"] = pynvml.nvmlDeviceGetMemoryInfo(handles[device]).used
+            # version 2: version 1 counts the driver's own reserve as used, and nvidia-smi does not
+            told[f"{device} used"] = pynvml.nvmlDeviceGetMemoryInfo(handles[device], pynvml.nvmlMemory_v2).used
     return told | {"rss": psutil.Process().memory_info().rss}
 
 
