@@ -79,11 +79,10 @@ from pathlib import Path
 PRECISIONS = ("none", "float8", "int8", "int4", "int2")
 BITS = {"none": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
 PREFILL_TOKENS = 512  # as llama-bench's pp512
-WARMUP_TOKENS, WARMUP_S = (
-    16,
-    5,
-)  # a warm-up ends when it has had both: a GPU's allocator settles over many tokens
-KEEPS, BREAKS = 0.05, 0.5  # nats of KL: below the first answers are kept, above the second they are broken
+# A warm-up ends when it has had both: a GPU's allocator settles over many tokens.
+WARMUP_TOKENS, WARMUP_S = 16, 5
+# The author's choice, in nats of KL: below the first answers are kept, above the second they are broken.
+KEEPS, BREAKS = 0.05, 0.5
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
 PROMISED = {  # by Quanto's documentation, against 16 bit
     "memory saved": "50-60 %", "16-bit speed": "90-95 %", "quality (KL)": "very close", "torch.compile": "+20-30 %",
@@ -96,17 +95,12 @@ QWEN2_5_3B = {  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs
     "use_sliding_window": False, "bos_token_id": 151643, "eos_token_id": 151643, "dtype": "bfloat16",
 }  # fmt: skip
 
-Tell = Callable[
-    ..., None
-]  # tell(text): a line for good; tell(text, live=True): a line that the next one replaces
+# tell(text): a line for good; tell(text, live=True): a line that the next one replaces.
+Tell = Callable[..., None]
 
 
 class Failure(Exception):
     """What went wrong and what to do about it, in one line for the user."""
-
-
-class Unavailable(Failure):
-    """This machine lacks something that this precision needs: a row of a comparison, no failure."""
 
 
 # -------------------------------------------------------------------------------------------------- settings
@@ -131,9 +125,8 @@ def convert(text: str, hint: typing.Any) -> typing.Any:
 
 def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
     """Settings from the constants and their flags, and whether --debug was given; flags come from the constants."""
-    comments = dict(
-        re.findall(r"^([A-Z_]+): .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    source = Path(__file__).read_text(encoding="utf-8")
+    comments = dict(re.findall(r"^([A-Z_]+): .*?  # (.+)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
         "qwquanto.py", "python qwquanto.py [--FLAG VALUE ...]", __doc__.split("\n\n")[0], allow_abbrev=False
     )
@@ -194,10 +187,13 @@ RULES = {  # constant -> does it hold, and what is allowed
     "RUNS": at_least(1),
     "WARMUP_RUNS": at_least(0),
     "MAX_LENGTH": at_least(2),
-    "MAX_SECONDS": (lambda v: v > 0, "a number above 0"),
+    "MAX_SECONDS": (lambda v: 0 < v < math.inf, "a number above 0"),
     "COMPARE_TOKENS": at_least(2),
     "QUALITY_TOKENS": at_least(0),
-    "TEMPERATURE": (lambda v: v > 0, "a number above 0 (for greedy decoding set DO_SAMPLE to False)"),
+    "TEMPERATURE": (
+        lambda v: 0 < v < math.inf,
+        "a number above 0 (for greedy decoding set DO_SAMPLE to False)",
+    ),
     "SEED": at_least(0),
     "RESULTS": (lambda v: v in (None, "-") or writable(v), "a file that can be written, or -"),
 }
@@ -305,8 +301,11 @@ def write_results(path: str, results: list[Result]) -> None:
     """Write all numbers atomically: a reader, or a killed process, never leaves half a file."""
     target = Path(path).absolute()
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(to_json(results) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    try:
+        temporary.write_text(to_json(results) + "\n", encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------- machine
@@ -321,9 +320,13 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
 
     notes, seen = [], nvml_names()
     if seen and not torch.cuda.is_available() and wanted != "cpu":
+        reason = "the driver is too old for it, or CUDA_VISIBLE_DEVICES hides the GPU"
+        if torch.version.cuda is None:
+            reason = (
+                "install a CUDA build, pip install torch --index-url https://download.pytorch.org/whl/cu130"
+            )
         notes.append(
-            f"NVIDIA's driver sees {seen[0]}, but this torch ({torch.__version__}) cannot use it: install a CUDA build, "
-            "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+            f"NVIDIA's driver sees {seen[0]}, but this torch ({torch.__version__}) cannot use it: {reason}"
         )
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     mps = ["mps"] if torch.backends.mps.is_available() else []
@@ -332,17 +335,19 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
     else:
         found = {"cuda": gpus, "mps": mps, "cpu": ["cpu"]}.get(wanted, [wanted] if wanted in gpus else [])
         if not found:
-            raise Failure(
-                f"there is no device {wanted} here (found: {', '.join(gpus + mps + ['cpu'])}). {' '.join(notes)}"
-            )
+            here = ", ".join([*gpus, *mps, "cpu"])
+            raise Failure(f"there is no device {wanted} here (found: {here}). {' '.join(notes)}")
         candidates = [found]
     for devices in candidates:
-        try:
-            for device in devices:
+        working = []
+        for device in devices:
+            try:
                 torch.ones(2, device=device).sum().item()
-            return devices, notes
-        except RuntimeError as error:
-            notes.append(f"{devices[0]} does not work: {first_line(error)}")
+                working.append(device)
+            except RuntimeError as error:
+                notes.append(f"{device} does not work: {first_line(error)}")
+        if working:
+            return working, notes
     raise Failure(notes[-1])
 
 
@@ -369,11 +374,20 @@ def nvml_handles(devices: list[str]) -> tuple[dict[str, typing.Any], list[str]]:
             try:
                 pynvml.nvmlInit()
                 uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-                handles[device] = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+                handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+                device_memory_used(handle)  # not every driver and device can tell
+                handles[device] = handle
             except pynvml.NVMLError as error:
                 reason = f"device memory in use and energy are unknown ({first_line(error)})"
                 notes.append(f"no NVML for {device}: {reason}")
     return handles, notes
+
+
+def device_memory_used(handle: typing.Any) -> int:
+    """Bytes in use by all programs, as nvidia-smi tells it: version 1 of NVML's call counts the driver's reserve too."""
+    import pynvml
+
+    return pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).used
 
 
 def energy_j(handles: dict[str, typing.Any]) -> dict[str, float]:
@@ -401,16 +415,15 @@ def synchronizer(devices: list[str]) -> Callable[[], None]:
 def environment(devices: list[str], handles: dict[str, typing.Any]) -> dict[str, str]:
     """Hardware and versions: a benchmark's are part of its result."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
     import psutil
     import torch
 
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        cpu = (
-            re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE) or [cpu]
-        )[0]
+        named = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpu = named[0] if named else cpu
     told = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
     told["ram"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
     for device in devices:
@@ -420,24 +433,16 @@ def environment(devices: list[str], handles: dict[str, typing.Any]) -> dict[str,
         import pynvml
 
         told["driver"] = pynvml.nvmlSystemGetDriverVersion()
-    told |= {
-        "os": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    for package in ("transformers", "optimum-quanto", "accelerate"):
-        try:
-            told[package] = version(package)
-        except PackageNotFoundError:
-            raise Failure(f"the package {package} is missing: pip install -r requirements.txt") from None
+    told |= {"os": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
+    packages = ("torch", "transformers", "optimum-quanto", "accelerate")
+    told |= {package: version(package) for package in packages} | {"torch": torch.__version__}
     return told
 
 
 def memory_bandwidth(device: str, size: int = 2**30) -> float:
     """Bytes a second that a device's memory delivers: the faster of a copy (read + written) and a read-only sum.
 
-    `size` bytes, far beyond any cache; the best of several, since every disturbance only slows. Sums of bfloat16 and
-    copies are what decode comes down to.
+    `size` bytes, far beyond any cache; the best of several, since every disturbance only slows.
     """
     import torch
 
@@ -491,10 +496,7 @@ def snapshot(devices: list[str], handles: dict[str, typing.Any]) -> dict[str, in
             told[f"{device} allocated"] = torch.mps.current_allocated_memory()
             told[f"{device} reserved"] = torch.mps.driver_allocated_memory()
         if device in handles:
-            import pynvml
-
-            # version 2: version 1 counts the driver's own reserve as used, and nvidia-smi does not
-            told[f"{device} used"] = pynvml.nvmlDeviceGetMemoryInfo(handles[device], pynvml.nvmlMemory_v2).used
+            told[f"{device} used"] = device_memory_used(handles[device])
     return told | {"rss": psutil.Process().memory_info().rss}
 
 
@@ -711,9 +713,8 @@ def load(s: Settings, folder: str | None, empty: typing.Any, devices: list[str])
         ]:  # TinyGemm's packing takes a matrix product to undo: hours on a CPU
             WeightQBitsTensor.create = staticmethod(WeightQBitsTensor)  # tensor/weights/qbits.py:65
     if s.random_weights:
-        model = type(empty).from_pretrained(
-            None, config=empty.config, state_dict=random_state(empty), **options
-        )
+        state = random_state(empty)
+        model = type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options)
     else:
         options |= {"trust_remote_code": s.trust_remote_code, "output_loading_info": True}
         model, told = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -722,6 +723,10 @@ def load(s: Settings, folder: str | None, empty: typing.Any, devices: list[str])
             raise Failure(
                 f"the checkpoint lacks {len(missing)} weights, {missing[0]} first: download it again"
             )
+    if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) - {*devices}:
+        raise Failure(
+            f"the model does not fit {', '.join(devices)} whole: parts of it were left to the CPU or the disk"
+        )
     return model.eval()
 
 
@@ -770,35 +775,43 @@ def first_line(error: BaseException) -> str:
     return (lines[0] or type(error).__name__)[:300].rstrip(".: ")
 
 
-def explain(
-    error: Exception, doing: str, s: Settings, empty: typing.Any, devices: list[str]
-) -> tuple[str, bool]:
+LACKS = {  # what an error's text says -> what this machine lacks
+    "No working C++ compiler": "a C++ compiler (Linux: apt install g++; Windows: Visual Studio Build Tools)",
+    "Failed to find C compiler": "a C compiler (Linux: apt install gcc)",
+    "Python.h": "Python's headers (apt install python3-dev)",
+    "working triton": "a working Triton (pip install triton; on Windows triton-windows)",
+    "Ninja is required": "ninja (pip install ninja)",
+}
+
+
+def would_fit(empty: typing.Any, room: float) -> str:
+    """The precisions whose weights fit into `room` bytes, as advice."""
+    fits = [
+        f"{p} ({gib(expected_bytes(empty, p))} GiB)"
+        for p in PRECISIONS
+        if expected_bytes(empty, p) * 1.1 < room
+    ]
+    return (
+        f"would fit: {', '.join(fits)}" if fits else "no precision of this model fits: take a smaller model"
+    )
+
+
+def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
     """An exception in the user's words, and whether it is a lack of this machine (else it is a failure)."""
     text = str(error)
     if isinstance(error, Failure):
-        return text, isinstance(error, Unavailable)
+        return text, False
+    if isinstance(error, ImportError):
+        return f"{first_line(error)}: pip install -r requirements.txt", False
     if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(error, MemoryError):
-        free = sum(free_memory(d) for d in devices)
-        sizes = {p: expected_bytes(empty, p) for p in PRECISIONS} if empty is not None else {}
-        fits = [f"{p} ({gib(size)} GiB)" for p, size in sizes.items() if size * 1.1 < free]
-        ways = (
-            f"would fit: {', '.join(fits)}"
-            if fits
-            else "no precision of this model fits: take a smaller model"
-        )
-        return f"out of memory while {doing}: {gib(free)} GiB are free on {', '.join(devices)}; {ways}", False
-    for sign, lack in (
-        ("compiler", "a C++ compiler (Linux: apt install g++; Windows: Visual Studio Build Tools)"),
-        ("Python.h", "Python's headers (apt install python3-dev)"),
-        ("triton", "a working Triton (pip install triton; on Windows triton-windows)"),
-        ("ninja", "ninja (pip install ninja)"),
-        ("nvcc", "CUDA's nvcc"),
-    ):
-        if sign in text and (s.compile or "extension" in text):
-            return f"needs {lack}, which is missing here ({first_line(error)})", True
-    if isinstance(error, NotImplementedError) or (isinstance(error, TypeError) and "MPS" in text):
-        return f"not possible on {devices[0]} with this torch ({first_line(error)})", True
-    return f"{type(error).__name__} while {doing}: {first_line(error)} (--debug shows more)", False
+        where = f"{gib(stage.room)} GiB were free on {', '.join(stage.devices)}"
+        return f"out of memory while {stage.doing}: {where}; {would_fit(stage.empty, stage.room)}", False
+    for sign, lack in LACKS.items():
+        if sign.lower() in text.lower():
+            return f"needs {lack}, which is missing here", True
+    if stage.devices == ["mps"] and isinstance(error, (NotImplementedError, TypeError)):
+        return f"not possible on MPS with this torch ({first_line(error)})", True
+    return f"{type(error).__name__} while {stage.doing}: {first_line(error)} (--debug shows more)", False
 
 
 def fit(s: Settings, empty: typing.Any, devices: list[str], tell: Tell, notes: list[str]) -> list[str]:
@@ -817,12 +830,11 @@ def fit(s: Settings, empty: typing.Any, devices: list[str], tell: Tell, notes: l
         f"parameters, {gib(needed)} GiB of weights expected, {gib(free)} GiB free on {where}"
     )
     if needed > total:
-        fits = [p for p in PRECISIONS if sizes[p] * 1.1 < total]
-        ways = f"would fit: {', '.join(fits)}" if fits else "take a smaller model"
-        raise Failure(f"the weights need {gib(needed)} GiB and {where} has {gib(total)} GiB in all; {ways}")
+        advice = would_fit(empty, total)
+        raise Failure(f"the weights need {gib(needed)} GiB and {where} has {gib(total)} GiB in all; {advice}")
     if needed > free:
         notes.append(
-            f"the weights need {gib(needed)} GiB and only {gib(free)} GiB are free on {where}: tried all the same"
+            f"the weights need {gib(needed)} GiB, only {gib(free)} GiB are free on {where}: tried all the same"
         )
     return devices
 
@@ -952,13 +964,11 @@ def compilable(model: typing.Any, longest: int) -> dict[str, typing.Any]:
     for name, module in list(model.named_modules()):
         if isinstance(module, QLinear):
             model.set_submodule(name, plain_linear()(module))
-    model.hf_quantizer = (
-        None  # is_compileable is False for Quanto: transformers quantizers/base.py, is_compileable
-    )
+    # is_compileable is False for Quanto: transformers quantizers/base.py
+    model.hf_quantizer = None
     longest = -(-longest // WINDOW) * WINDOW
-    cache = StaticCache(
-        config=model.config, max_cache_len=longest + 16
-    )  # never as long as a window: see `dynamic`
+    # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
+    cache = StaticCache(config=model.config, max_cache_len=longest + 16)
     AttentionInterface.register("window", window_attention)
     model.config._attn_implementation = "window"
     places, end = torch.arange(longest, device=model.device), 0
@@ -977,9 +987,8 @@ def compilable(model: typing.Any, longest: int) -> dict[str, typing.Any]:
     if model.device.type == "cuda":  # untuned, Inductor's sums run 1.6 times slower
         options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
-    config._compile_all_devices = (
-        True  # the CPU too: transformers generation/utils.py, _valid_auto_compile_criteria
-    )
+    # the CPU too: transformers generation/utils.py, _valid_auto_compile_criteria
+    config._compile_all_devices = True
     return {"past_key_values": cache, "compile_config": config}
 
 
@@ -995,14 +1004,14 @@ def graphs_compiled() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def compile_decode(s: Settings, rig: Rig, tell: Tell) -> tuple[Rig, Compiled]:
+def compile_decode(s: Settings, rig: Rig, tell: Tell) -> Compiled:
     """Compile the decode step by running it, all windows of the cache included. Raises Failure if nothing was compiled."""
     begin, tokens = time.perf_counter(), rig.prompt.shape[1]
     longest = max(
         tokens + rig.new_tokens, tokens + min(s.quality_tokens, rig.room) if s.compare else 0, PREFILL_TOKENS
     )
     tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or a few")
-    rig = replace(rig, compiled=compilable(rig.model, longest))
+    rig.compiled.update(compilable(rig.model, longest))
     run_once(s, rig, s.seed, tell, "compiling", warm_up=True)
     if rig.model.device.type == "cuda":  # each window's CUDA graph is recorded when it is first reached
         run_once(s, rig, s.seed, tell, "recording CUDA graphs")
@@ -1016,7 +1025,7 @@ def compile_decode(s: Settings, rig: Rig, tell: Tell) -> tuple[Rig, Compiled]:
         raise Failure(
             f"CUDA graphs were skipped {skipped} times: the figures would not be those of compiled decode"
         )
-    return rig, Compiled(time.perf_counter() - begin, graphs_compiled())
+    return Compiled(time.perf_counter() - begin, graphs_compiled())
 
 
 def mean_window(prompt_tokens: int, generated_tokens: int) -> float:
@@ -1222,11 +1231,14 @@ def really_used(s: Settings, rig: Rig) -> dict[str, typing.Any]:
     return {name: getattr(prepared, name, None) for name in names}
 
 
-def announce(s: Settings, r: Result, rig: Rig, tell: Tell) -> None:
-    """An honest estimate of the runs' time, from the warm-up's speed."""
-    rate = decode_rate(r.warmup)
-    each = min(s.max_seconds, rig.new_tokens / rate) if rate else s.max_seconds
-    tell(f"{s.runs} runs of at most {rig.new_tokens} tokens: up to {minutes(s.runs * each)}, then prefill")
+@dataclass
+class Stage:
+    """Where a measurement stands, for the message if it fails there."""
+
+    doing: str = "starting"
+    empty: typing.Any = None
+    devices: list[str] = field(default_factory=lambda: ["cpu"])
+    room: float = 0.0  # bytes that were free before loading
 
 
 def measure(
@@ -1237,82 +1249,102 @@ def measure(
     `reference` is a folder in which the unquantized model leaves its answer, and the quantized ones find it.
     Prints nothing. A failure is a field of the Result; only KeyboardInterrupt comes through.
     """
-    import torch
+    result, stage = Result(s), Stage()
 
-    result, doing, empty, devices = Result(s), "starting", None, ["cpu"]
-
-    def grow(**fields: typing.Any) -> None:
+    def grow(**fields: typing.Any) -> Result:
         nonlocal result
         result = replace(result, **fields)
         save(result)
+        return result
 
     try:
-        doing = "looking for a device"
-        devices, notes = choose_devices(s.device)
-        folder = fetch(s)
-        if folder and not s.random_weights:
-            check_checkpoint(folder)
-        doing = "reading the model's configuration"
-        empty = skeleton(s, folder)
-        devices = fit(s, empty, devices, tell, notes)
-        handles, reasons = nvml_handles(devices)
-        grow(environment=environment(devices, handles), devices=devices, notes=notes + reasons)
-        doing = "measuring the memory's bandwidth"
-        tell(doing, live=True)
-        speeds = {device: memory_bandwidth(device) for device in devices}
-        torch.cuda.empty_cache()  # does nothing without CUDA
-        grow(memory_bytes_per_s=speeds, memory={"before load": snapshot(devices, handles)})
-        doing = "loading the model"
-        tell(doing, live=True)
-        begin = time.perf_counter()
-        with peak_memory(devices, handles) as peak:
-            model = load(s, folder, empty, devices)
-            synchronizer(devices)()
-            load_s = time.perf_counter() - begin
-            memory = result.memory | {"after load": snapshot(devices, handles), "peak of load": peak()}
-        grow(load_s=load_s, memory=memory, **weigh(model))
-        doing = "running the model"
-        tokenizer, prompt = prompt_ids(s, folder, model)
-        room = room_after(s, model, prompt.shape[1])
-        wanted = s.compare_tokens if s.compare else s.max_length - prompt.shape[1]
-        rig = Rig(model, tokenizer, prompt, min(wanted, room), room, bool(s.compare), devices, handles)
-        grow(generation=really_used(s, rig))
-        if s.compile and s.compare:
-            run_once(s, rig, s.seed, tell, "eager warm-up", warm_up=True)
-            for i in range(s.runs):
-                grow(
-                    eager_runs=[
-                        *result.eager_runs,
-                        run_once(s, rig, s.seed + i, tell, f"eager run {i + 1} of {s.runs}"),
-                    ]
-                )
-        if s.compile:
-            doing = "compiling the decode step"
-            rig, compiled = compile_decode(s, rig, tell)
-            grow(compiled=compiled)
-            doing = "running the compiled model"
-        for i in range(s.warmup_runs):
-            grow(warmup=[*result.warmup, run_once(s, rig, s.seed + i, tell, "warm-up", warm_up=True)])
-        announce(s, result, rig, tell)
-        with peak_memory(devices, handles) as peak:
-            for i in range(s.runs):
-                run = run_once(s, rig, s.seed + i, tell, f"run {i + 1} of {s.runs}")
-                grow(runs=[*result.runs, run], memory=result.memory | {"peak of runs": peak()})
-        if s.compile:
-            grow(compiled=replace(compiled, recompilations=graphs_compiled() - compiled.graphs))
-        grow(**utilization(result, model, rig, speeds))
-        doing = "measuring prefill"
+        rig = set_up(s, stage, tell, grow)
+        time_runs(s, rig, stage, tell, grow)
+        stage.doing = "measuring prefill"
         tokens, rate = prefill_rate(s, rig, tell)
         grow(prefill_tokens=tokens, prefill_tokens_per_s=rate)
         if reference and s.quality_tokens and not s.random_weights:
-            doing = "measuring quality"
+            stage.doing = "measuring quality"
             grow(quality=judge(s, rig, Path(reference), tell))
     except Exception as error:
         if debug:
             raise
-        text, unavailable = explain(error, doing, s, empty, devices)
+        text, unavailable = explain(error, stage)
         grow(failure=text, unavailable=unavailable)
     return result
+
+
+def set_up(s: Settings, stage: Stage, tell: Tell, grow: Callable[..., Result]) -> Rig:
+    """Choose the device, load the model and ready it for its runs; memory and weights go into the Result."""
+    import torch
+
+    stage.doing = "looking for a device"
+    stage.devices, notes = choose_devices(s.device)
+    grow(devices=stage.devices, notes=notes)
+    for note in notes:
+        tell(note)
+    stage.doing = "getting the model"
+    folder = fetch(s)
+    if folder and not s.random_weights:
+        check_checkpoint(folder)
+    stage.doing = "reading the model's configuration"
+    stage.empty = skeleton(s, folder)
+    stage.devices = devices = fit(s, stage.empty, stage.devices, tell, notes)
+    stage.room = sum(map(free_memory, devices))
+    handles, reasons = nvml_handles(devices)
+    grow(environment=environment(devices, handles), devices=devices, notes=notes + reasons)
+    stage.doing = "measuring the memory's bandwidth"
+    tell(stage.doing, live=True)
+    speeds = {device: memory_bandwidth(device) for device in devices}
+    torch.mps.empty_cache() if devices == [
+        "mps"
+    ] else torch.cuda.empty_cache()  # the latter: nothing without CUDA
+    before = snapshot(devices, handles)
+    grow(memory_bytes_per_s=speeds, memory={"before load": before})
+    stage.doing = "loading the model"
+    tell(stage.doing, live=True)
+    begin = time.perf_counter()
+    with peak_memory(devices, handles) as peak:
+        model = load(s, folder, stage.empty, devices)
+        synchronizer(devices)()
+        load_s = time.perf_counter() - begin
+        memory = {"before load": before, "after load": snapshot(devices, handles), "peak of load": peak()}
+    grow(load_s=load_s, memory=memory, **weigh(model))
+    stage.doing = "running the model"
+    tokenizer, prompt = prompt_ids(s, folder, model)
+    room = room_after(s, model, prompt.shape[1])
+    wanted = s.compare_tokens if s.compare else s.max_length - prompt.shape[1]
+    rig = Rig(model, tokenizer, prompt, min(wanted, room), room, bool(s.compare), devices, handles)
+    grow(generation=really_used(s, rig))
+    return rig
+
+
+def time_runs(s: Settings, rig: Rig, stage: Stage, tell: Tell, grow: Callable[..., Result]) -> None:
+    """Warm-up and timed runs, eager before compiled in a comparison; a compiled `rig` is changed to that."""
+    if s.compile and s.compare:
+        run_once(s, rig, s.seed, tell, "eager warm-up", warm_up=True)
+        eager = []
+        for i in range(s.runs):
+            eager.append(run_once(s, rig, s.seed + i, tell, f"eager run {i + 1} of {s.runs}"))
+            grow(eager_runs=eager.copy())
+    compiled = None
+    if s.compile:
+        stage.doing = "compiling the decode step"
+        compiled = compile_decode(s, rig, tell)
+        grow(compiled=compiled)
+        stage.doing = "running the compiled model"
+    warm = [run_once(s, rig, s.seed + i, tell, "warm-up", warm_up=True) for i in range(s.warmup_runs)]
+    result, graphs, runs = grow(warmup=warm), compiled and graphs_compiled(), []
+    rate = decode_rate(warm)
+    each = min(s.max_seconds, rig.new_tokens / rate) if rate else s.max_seconds
+    tell(f"{s.runs} runs of at most {rig.new_tokens} tokens: up to {minutes(s.runs * each)}, then prefill")
+    with peak_memory(rig.devices, rig.handles) as peak:
+        for i in range(s.runs):
+            runs.append(run_once(s, rig, s.seed + i, tell, f"run {i + 1} of {s.runs}"))
+            result = grow(runs=runs.copy(), memory=result.memory | {"peak of runs": peak()})
+    if compiled:
+        grow(compiled=replace(compiled, recompilations=graphs_compiled() - graphs))
+    grow(**utilization(result, rig))
 
 
 # --------------------------------------------------------------------------------------------------- quality
@@ -1333,9 +1365,8 @@ def judge(s: Settings, rig: Rig, folder: Path, tell: Tell) -> Quality | None:
     kl, same = [], []
 
     def logprobs(scores: typing.Any) -> typing.Any:
-        return torch.log_softmax(
-            scores[0].float().nan_to_num(), -1
-        )  # a broken model's NaN must not pass unseen
+        # a broken model's NaN must not pass unseen
+        return torch.log_softmax(scores[0].float().nan_to_num(), -1)
 
     def keep(ids: typing.Any, scores: typing.Any) -> typing.Any:
         rows[ids.shape[1] - start] = logprobs(scores).cpu().numpy()
@@ -1415,7 +1446,7 @@ def relative_deviation(runs: list[Run]) -> float | None:
     return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
 
 
-def utilization(r: Result, model: typing.Any, rig: Rig, speeds: dict[str, float]) -> dict[str, typing.Any]:
+def utilization(r: Result, rig: Rig) -> dict[str, typing.Any]:
     """The Result's fields bytes_per_token and bandwidth_utilization (MBU).
 
     Over several GPUs, which work one after the other, the time that memory needs is the sum of each one's.
@@ -1423,10 +1454,14 @@ def utilization(r: Result, model: typing.Any, rig: Rig, speeds: dict[str, float]
     cached = rig.prompt.shape[1] + statistics.fmean(run.generated_tokens for run in r.runs) / 2
     if rig.compiled:
         cached = mean_window(rig.prompt.shape[1], max(run.generated_tokens for run in r.runs))
-    step, rate = bytes_per_token(model, r.weight_bytes, cached), decode_rate(r.runs)
+    step, rate = bytes_per_token(rig.model, r.weight_bytes, cached), decode_rate(r.runs)
     if step is None or rate is None:
         return {"bytes_per_token": step}
-    held = {d: stored_bytes(p for p in model.parameters() if str(p.device) == d) for d in speeds}
+    speeds, held = r.memory_bytes_per_s, {}
+    for device in speeds:
+        held[device] = stored_bytes(
+            p for p in rig.model.parameters() if device in (str(p.device), p.device.type)
+        )
     seconds = sum(step * held[d] / sum(held.values()) / speeds[d] for d in speeds)
     return {"bytes_per_token": step, "bandwidth_utilization": seconds * rate}
 
@@ -1442,18 +1477,14 @@ def warnings_for(r: Result) -> list[str]:
         )
     if verdict(r) == "broken":
         told.append(f"{r.name} BREAKS THIS MODEL (KL {digits(r.quality.kl_divergence)} nats): do not use it.")
+    if r.settings.compare and any(run.stop_reason == "time" for run in r.runs):
+        told.append(f"{r.name}: runs ended by MAX_SECONDS, so this is less work than the others did.")
     if deviation is not None and deviation > UNSTABLE:
-        told.append(
-            f"{r.name}: the runs' decode rates differ by {deviation:.0%} (s.d.): is the machine busy?"
-        )
-        if rates[0] - rates[-1] > 2 * deviation * statistics.fmean(rates):
-            told.append(
-                f"{r.name}: the last run is slower than the first by over 2 s.d.: heat, or another program?"
-            )
+        told.append(f"{r.name}: the runs' rates differ by {deviation:.0%} (s.d.): is the machine busy?")
+    if deviation and rates[0] - rates[-1] > 2 * deviation * statistics.fmean(rates):
+        told.append(f"{r.name}: the last run is slower than the first by over 2 s.d.: heat? another program?")
     if r.compiled and r.compiled.recompilations:
-        told.append(
-            f"{r.name}: {r.compiled.recompilations} recompilations within timed runs are in these figures."
-        )
+        told.append(f"{r.name}: {r.compiled.recompilations} recompilations within timed runs count here.")
     return told + r.notes
 
 
@@ -1728,7 +1759,8 @@ def promise_reasons(results: list[Result]) -> list[str]:
             False,
             f"{percent(saving(r))} %",
         ):
-            most = r.quantizable_bytes / r.unquantized_bytes * (1 - BITS[r.name] / 16)
+            width = r.unquantized_bytes / r.parameters * 8  # bits a stored parameter has
+            most = r.quantizable_bytes / r.unquantized_bytes * (1 - BITS[r.name] / width)
             told.append(
                 f"Memory: embeddings and the output layer stay in 16 bit, so 8 bit saves at most {percent(most)} %."
             )
@@ -1789,34 +1821,53 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
     context = multiprocessing.get_context("spawn")
     names = sorted((p or "none" for p in s.compare), key=PRECISIONS.index)
     began = time.monotonic()
+    tell("getting the model", live=True)
+    try:
+        fetch(s)  # here, where a long download is no silence
+    except Failure as error:
+        save(replace(Result(of_precision(s, names[0])), failure=str(error)))
+        return
     with tempfile.TemporaryDirectory(prefix="qwquanto-") as reference:
         for i, name in enumerate(names):
-            mine = replace(s, weights=None if name == "none" else name)
-            result = Result(mine)
-            receiver, sender = context.Pipe(duplex=False)
-            child = context.Process(target=work, args=(mine, reference, sender, debug), daemon=True)
-            child.start()
-            sender.close()
             rest = f", about {minutes((time.monotonic() - began) / i * (len(names) - i))} to go" if i else ""
             tell(f"{name} ({i + 1} of {len(names)}{rest})")
+            result = Result(of_precision(s, name))
+            receiver, sender = context.Pipe(duplex=False)
+            child = context.Process(
+                target=work, args=(result.settings, reference, sender, debug), daemon=True
+            )
+            child.start()
+            sender.close()
             try:
-                while receiver.poll(SILENCE_S):
-                    kind, message = receiver.recv()
-                    if kind == "tell":
-                        text, live = message
-                        tell(f"{name} ({i + 1} of {len(names)}): {text}", live=live)
-                    else:
-                        result = message
-                        save(result)
-                child.kill()
-                save(replace(result, failure=f"said nothing for {minutes(SILENCE_S)} and was ended"))
-            except EOFError:
-                child.join()
-                if child.exitcode:
-                    save(replace(result, failure=death(child.exitcode)))
+                result, failure = listen(receiver, result, tell, save)
+                child.join(timeout=None if failure is None else 0)
             finally:
                 child.kill()
                 child.join()
+            if failure is None and (child.exitcode or not result.devices):
+                failure = death(child.exitcode)
+            if failure:
+                save(replace(result, failure=failure))
+
+
+def of_precision(s: Settings, name: str) -> Settings:
+    return replace(s, weights=None if name == "none" else name)
+
+
+def listen(receiver: typing.Any, result: Result, tell: Tell, save: Callable) -> tuple[Result, str | None]:
+    """Pass on what a child says until its pipe closes: its last Result, and a failure if it fell silent instead."""
+    while True:
+        try:
+            if not receiver.poll(SILENCE_S):
+                return result, f"said nothing for {minutes(SILENCE_S)} and was ended"
+            kind, message = receiver.recv()
+        except (EOFError, OSError):  # ended, or killed in the middle of a message
+            return result, None
+        if kind == "tell":
+            tell(f"{result.name}: {message[0]}", live=message[1])
+        else:
+            result = message
+            save(result)
 
 
 def death(code: int) -> str:
@@ -1880,21 +1931,26 @@ def show(parts: list[typing.Any], file: typing.Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 for a failure, 2 for impossible settings, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(
-            encoding="utf-8", errors="replace"
-        )  # the report has Chinese and bars whatever the locale
+        # the report has Chinese and bars, whatever the locale
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     s, debug = parse(argv)
     if problems := check(s):
         print(*(f"qwquanto: {problem}" for problem in problems), sep="\n", file=sys.stderr)
         return 2
     quiet_libraries(debug)
     results: dict[str, Result] = {}
+    unwritten: list[str] = []
     with progress() as tell:
 
         def save(result: Result) -> None:
             results[result.name] = result
-            if s.results not in (None, "-"):
+            if s.results in (None, "-"):
+                return
+            try:
                 write_results(s.results, list(results.values()))
+            except OSError as error:
+                unwritten.append(f"cannot write {s.results}: {error.strerror or error}")
 
         interrupted = False
         try:
@@ -1907,15 +1963,16 @@ def main(argv: list[str] | None = None) -> int:
     if measured:
         show(comparison_report(ordered) if s.compare else single_report(ordered[0]), out)
     else:
-        print(
-            *dict.fromkeys(f"qwquanto: {r.failure}" for r in ordered if r.failure), sep="\n", file=sys.stderr
-        )
+        failures = dict.fromkeys(f"qwquanto: {r.failure}" for r in ordered if r.failure)
+        print(*failures, sep="\n", end="\n" if failures else "", file=sys.stderr)
     if s.results == "-":
         print(to_json(ordered))
+    if unwritten:
+        print(f"qwquanto: {unwritten[-1]}", file=sys.stderr)
     if interrupted:
         print("qwquanto: interrupted; the report holds what was finished", file=sys.stderr)
         return 130
-    return int(any(r.failure and not (r.unavailable and s.compare) for r in ordered))
+    return int(bool(unwritten) or any(r.failure and not (r.unavailable and s.compare) for r in ordered))
 
 
 if __name__ == "__main__":

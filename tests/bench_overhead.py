@@ -31,7 +31,8 @@ def main(folder: str, pairs: int = 24, tokens: int = 32) -> None:
     synchronize = q.synchronizer(devices[:1])
 
     def measured(seed: int) -> float:
-        return q.run_once(s, rig, seed, lambda *_, **__: None, "").latency_s
+        with q.peak_memory(devices[:1], handles), q.progress() as tell:  # as `measure` and `main` do
+            return q.run_once(s, rig, seed, tell, "run").latency_s
 
     def plain(seed: int) -> float:
         torch.manual_seed(seed)

@@ -55,6 +55,22 @@ def make_tokenizer(folder):
     return fast
 
 
+def break_few_bits(model, factor=16.0):
+    """Give some columns outliers without changing what the model computes: few bits then lose all the others.
+
+    A norm's channels are divided by a factor that the weights after it are multiplied with, as large models do it.
+    """
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, after in (
+            (layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
+            (layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+        ):
+            norm.weight.data[::16] /= factor
+            for linear in after:
+                linear.weight.data[:, ::16] *= factor
+
+
 def make_model(folder, steps=150, tie=True, **options):
     """Train a tiny Qwen2 on CPU for a few seconds until it recites ANSWER after QUESTION, and save it."""
     import torch
@@ -74,6 +90,7 @@ def make_model(folder, steps=150, tie=True, **options):
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()
         optimizer.step()
+    break_few_bits(model)
     model.generation_config.eos_token_id = 0
     model.to(torch.bfloat16).save_pretrained(folder, **options)
     return str(folder)

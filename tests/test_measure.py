@@ -147,16 +147,17 @@ def test_prefill_is_512_tokens_a_median_and_shorter_on_a_slow_machine(time):
 def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time(monkeypatch):
     import test_statistics as hand_made
 
-    class Parameter:
-        def __init__(self, device, size):
-            self.device, self.size = device, size
-
-    model = SimpleNamespace(parameters=lambda: iter([Parameter("cuda:0", 300), Parameter("cuda:1", 100)]))
+    sizes = {"cuda:0": 300, "cuda:1": 100}
+    parameters = [SimpleNamespace(device=torch.device(d), size=size) for d, size in sizes.items()]
+    model = SimpleNamespace(parameters=lambda: iter(parameters))
     monkeypatch.setattr(q, "stored_bytes", lambda tensors: sum(t.size for t in tensors))
     monkeypatch.setattr(q, "bytes_per_token", lambda *_: 400)
-    r = hand_made.result(decode=2.0)
-    found = q.utilization(r, model, rig(model), {"cuda:0": 3000.0, "cuda:1": 500.0})
+    r = hand_made.result(decode=2.0, memory_bytes_per_s={"cuda:0": 3000.0, "cuda:1": 500.0})
+    found = q.utilization(r, rig(model))
     assert found == {"bytes_per_token": 400, "bandwidth_utilization": pytest.approx((0.1 + 0.2) * 2)}
+    parameters[:] = [SimpleNamespace(device=torch.device("mps:0"), size=5)]
+    r = hand_made.result(decode=2.0, memory_bytes_per_s={"mps": 1000.0})
+    assert q.utilization(r, rig(model))["bandwidth_utilization"] == pytest.approx(0.8)
 
 
 def test_nvml_finds_the_gpu_by_uuid_not_by_number(monkeypatch):
@@ -190,6 +191,8 @@ def test_a_gpu_that_this_torch_cannot_use_is_told_loudly(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     devices, notes = q.choose_devices("auto")
     assert devices == ["cpu"] and "NVIDIA H200" in notes[0] and "pip install torch" in notes[0]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "driver is too old" in q.choose_devices("auto")[1][0]
     with pytest.raises(q.Failure, match="no device cuda:1 here"):
         q.choose_devices("cuda:1")
 
@@ -219,5 +222,6 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(q.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         q.write_results(str(path), [q.Result(q.Settings(), load_s=2.5)])
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
     told = json.loads(path.read_text(encoding="utf-8"))["results"][0]
     assert told["load_s"] == 1.5 and told["settings"]["model_name"] == q.MODEL_NAME

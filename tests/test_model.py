@@ -218,21 +218,21 @@ def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     folder = make_model(tmp_path, steps=0)
     s = settings(model_name=folder)
     empty = q.skeleton(s, folder)
-    monkeypatch.setattr(q, "free_memory", lambda device: q.expected_bytes(empty, "int4") * 1.2)
-    text, unavailable = q.explain(
-        torch.OutOfMemoryError("CUDA out of memory. Tried"), "loading", s, empty, ["cpu"]
-    )
+    stage = q.Stage("loading", empty, ["cpu"], room=q.expected_bytes(empty, "int4") * 1.2)
+    text, unavailable = q.explain(torch.OutOfMemoryError("CUDA out of memory. Tried"), stage)
     assert "would fit: int4" in text and "int8" not in text and not unavailable
 
 
 def test_what_this_machine_lacks_is_unavailable_not_failed():
-    s = settings(compile=True)
-    text, unavailable = q.explain(
-        RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "compiling", s, None, ["cpu"]
-    )
+    stage = q.Stage("compiling")
+    text, unavailable = q.explain(RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), stage)
     assert unavailable and "C++ compiler" in text
-    text, unavailable = q.explain(ValueError("odd\nsecond line"), "loading", s, None, ["cpu"])
-    assert not unavailable and text == "ValueError while loading: odd (--debug shows more)"
+    text, unavailable = q.explain(ValueError("odd: see torch.compiler\nsecond line"), stage)
+    assert (
+        not unavailable and text == "ValueError while compiling: odd: see torch.compiler (--debug shows more)"
+    )
+    text, unavailable = q.explain(ImportError("No module named 'accelerate'"), stage)
+    assert not unavailable and text.endswith("pip install -r requirements.txt")
 
 
 def test_quantized_model_is_the_one_that_transformers_gives(tiny):
