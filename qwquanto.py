@@ -1755,14 +1755,12 @@ def promise_reasons(results: list[Result]) -> list[str]:
     """Why a promise was not kept, where the program knows."""
     told, kept = [], promises(results)
     for r in results:
-        if r.name in ("float8", "int8") and kept["memory saved"][r.name] == (
-            False,
-            f"{percent(saving(r))} %",
-        ):
+        figure = kept["memory saved"].get(r.name)
+        if BITS[r.name] == 8 and figure and not figure[0]:
             width = r.unquantized_bytes / r.parameters * 8  # bits a stored parameter has
             most = r.quantizable_bytes / r.unquantized_bytes * (1 - BITS[r.name] / width)
             told.append(
-                f"Memory: embeddings and the output layer stay in 16 bit, so 8 bit saves at most {percent(most)} %."
+                f"Memory: embeddings and output stay as stored: 8 bit saves at most {percent(most)} %."
             )
             break
     slow = any(figure and not figure[0] for figure in kept["16-bit speed"].values())
@@ -1786,7 +1784,8 @@ def verdict_lines(results: list[Result]) -> list[str]:
         return [told + "Quality was not measured."]
     kept = {r.name: size[r.name] for r in results if r.name in size and verdict(r) == "kept"}
     if kept:
-        best = min(kept, key=kept.get)
+        small = [name for name in kept if kept[name] <= 1.01 * min(kept.values())]
+        best = max(small, key=speed.get)  # of equally small ones the fastest
         told += f"[bold green]Smallest that keeps the answers: {best}[/] ({gib(size[best])} GiB, {digits(speed[best])} tokens/s)."
     else:
         told += "[bold]No quantized precision keeps the answers.[/]"

@@ -161,11 +161,12 @@ def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time(monkeypatch):
 
 
 def test_nvml_finds_the_gpu_by_uuid_not_by_number(monkeypatch):
+    import pynvml
+
     asked = []
-    nvml = SimpleNamespace(
-        nvmlInit=silent, nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid) or "handle"
-    )
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
+    monkeypatch.setattr(pynvml, "nvmlInit", silent)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: asked.append(uuid) or "handle")
+    monkeypatch.setattr(q, "device_memory_used", lambda handle: 0)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"uuid-of-{device}")
     )
