@@ -41,7 +41,7 @@ forced = (eager.argmax(-1) + 1).tolist()
 compiled = q.compile_decode(s, rig, lambda *_, **__: None)
 got = logits(rig)
 top = eager.topk(2).values
-clear = top[:, 0] - top[:, 1] > 0.1 * top[:, 0].abs()
+clear = top[:, 0] - top[:, 1] > 0.03 * top[:, 0].abs()  # several times the rounding of bfloat16
 agree = (got.argmax(-1) == eager.argmax(-1))[clear].all().item()
 error = ((got - eager).norm() / eager.norm()).item()
 print(compiled.graphs, q.graphs_compiled(), agree, clear.any().item(), error < 0.02, error)
