@@ -1820,6 +1820,11 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
     context = multiprocessing.get_context("spawn")
     names = sorted((p or "none" for p in s.compare), key=PRECISIONS.index)
     began = time.monotonic()
+    runs = s.runs * (2 if s.compile else 1)
+    most = minutes(len(names) * runs * s.max_seconds)
+    tell(
+        f"{len(names)} precisions of {runs} runs: at most {most} of runs, and loading; better known after the first"
+    )
     tell("getting the model", live=True)
     try:
         fetch(s)  # here, where a long download is no silence
