@@ -78,6 +78,7 @@ from pathlib import Path
 
 PRECISIONS = ("none", "float8", "int8", "int4", "int2")
 BITS = {"none": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
+ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
 PREFILL_TOKENS = 512  # as llama-bench's pp512
 # A warm-up ends when it has had both: a GPU's allocator settles over many tokens.
 WARMUP_TOKENS, WARMUP_S = 16, 5
@@ -718,7 +719,7 @@ def load(s: Settings, folder: str | None, empty: typing.Any, devices: list[str])
     else:
         options |= {"trust_remote_code": s.trust_remote_code, "output_loading_info": True}
         model, told = AutoModelForCausalLM.from_pretrained(folder, **options)
-        missing = [key for key in told["missing_keys"] if not key.endswith(("input_scale", "output_scale"))]
+        missing = [key for key in told["missing_keys"] if not key.endswith(ACTIVATION_SCALES)]
         if missing:
             raise Failure(
                 f"the checkpoint lacks {len(missing)} weights, {missing[0]} first: download it again"
@@ -736,7 +737,9 @@ def weigh(model: typing.Any) -> dict[str, typing.Any]:
     inner = [getattr(weight, "data", weight) for weight in linear]
     quantized = [w for w in inner if hasattr(w, "__tensor_flatten__")]
     kinds = [type(w).__name__ for w in quantized]
-    unique = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    # not Quanto's scales of activations: scalars that no quantized weight uses
+    buffers = [b for name, b in model.named_buffers() if not name.endswith(ACTIVATION_SCALES)]
+    unique = {id(t): t for t in [*model.parameters(), *buffers]}.values()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_bytes": stored_bytes(unique),
