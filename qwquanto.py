@@ -789,6 +789,8 @@ LACKS = {  # what an error's text says -> what this machine lacks
 
 def would_fit(empty: typing.Any, room: float) -> str:
     """The precisions whose weights fit into `room` bytes, as advice."""
+    if empty is None:  # it failed before the model's size was known
+        return "close other programs, or take a smaller model"
     fits = [
         f"{p} ({gib(expected_bytes(empty, p))} GiB)"
         for p in PRECISIONS

@@ -221,6 +221,11 @@ def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     assert "would fit: int4" in text and "int8" not in text and not unavailable
 
 
+def test_out_of_memory_before_the_model_is_known_is_a_line_too():
+    text, unavailable = q.explain(MemoryError(), q.Stage("looking for a device"))
+    assert text.startswith("out of memory while looking for a device") and not unavailable
+
+
 def test_what_this_machine_lacks_is_unavailable_not_failed():
     stage = q.Stage("compiling")
     text, unavailable = q.explain(RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), stage)
