@@ -752,8 +752,9 @@ def weigh(model: typing.Any) -> dict[str, typing.Any]:
     }
 
 
-def bytes_per_token(model: typing.Any, kept: int, cached_tokens: float) -> int | None:
-    """Bytes that one decode step must read: the `kept` weights without an untied input embedding, and the KV cache.
+def bytes_per_token(model: typing.Any, kept: int) -> tuple[int, int] | None:
+    """Bytes that one decode step must read: of the `kept` ones of weights (not an untied input embedding), and for each
+    token in the KV cache.
 
     None for a mixture of experts (a step reads some of them) and where the cache's shape is unknown.
     """
@@ -768,8 +769,9 @@ def bytes_per_token(model: typing.Any, kept: int, cached_tokens: float) -> int |
         return None
     given, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is None or given.weight.data_ptr() == output.weight.data_ptr()
-    cache = 2 * layers * heads * width * model.dtype.itemsize * cached_tokens
-    return int(kept - (0 if tied else stored_bytes([given.weight])) + cache)
+    return kept - (
+        0 if tied else stored_bytes([given.weight])
+    ), 2 * layers * heads * width * model.dtype.itemsize
 
 
 def first_line(error: BaseException) -> str:
@@ -783,6 +785,7 @@ LACKS = {  # what an error's text says -> what this machine lacks
     "Failed to find C compiler": "a C compiler (Linux: apt install gcc)",
     "Python.h": "Python's headers (apt install python3-dev)",
     "working triton": "a working Triton (pip install triton; on Windows triton-windows)",
+    "No module named 'triton'": "Triton (pip install triton; on Windows triton-windows)",
     "Ninja is required": "ninja (pip install ninja)",
 }
 
@@ -806,14 +809,14 @@ def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
     text = str(error)
     if isinstance(error, Failure):
         return text, False
-    if isinstance(error, ImportError):
-        return f"{first_line(error)}: pip install -r requirements.txt", False
     if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(error, MemoryError):
         where = f"{gib(stage.room)} GiB were free on {', '.join(stage.devices)}"
         return f"out of memory while {stage.doing}: {where}; {would_fit(stage.empty, stage.room)}", False
     for sign, lack in LACKS.items():
         if sign.lower() in text.lower():
             return f"needs {lack}, which is missing here", True
+    if isinstance(error, ImportError):
+        return f"{first_line(error)}: pip install -r requirements.txt", False
     if stage.devices == ["mps"] and isinstance(error, (NotImplementedError, TypeError)):
         return f"not possible on MPS with this torch ({first_line(error)})", True
     return f"{type(error).__name__} while {stage.doing}: {first_line(error)} (--debug shows more)", False
@@ -846,87 +849,142 @@ def fit(s: Settings, empty: typing.Any, devices: list[str], tell: Tell, notes: l
 
 # --------------------------------------------------------------------------------------------------- compile
 # Quanto under torch.compile. The documented `model = torch.compile(model)` compiles nothing, since generate() is bound
-# to the model inside (pytorch #161743), and generate()'s own compiling refuses Quanto. What follows makes it compile.
+# to the model inside (pytorch #161743), and generate()'s own compiling refuses Quanto (is_compileable in transformers'
+# quantizers/base.py). What follows gives generate() a compiled decode step of its own, for every precision alike:
+# - Linear layers hold Quanto's numbers as plain tensors. A wrapped weight costs Python on every call, and
+#   quanto::qbytes_mm (library/qbytes_mm.py:24) is opaque: 5 bytes are moved for each weight of one.
+# - Attention reads the static cache in windows: all of a long cache costs half the rate on a CPU.
+# - On CUDA one graph a window is recorded and replayed: Python's part of a token is then two launches.
 
-WINDOW = 256  # attention reads the static cache in steps of so many tokens
+WINDOW = 256  # tokens
 
 
 @functools.cache
-def plain_linear() -> type:
-    """The class of a linear layer that computes with Quanto's numbers as plain tensors, so that Inductor sees them.
+def gemv() -> Callable:
+    """y = (weight x) * scale for one token on CUDA: x [1, columns], weight [rows, columns], scale [rows, 1], y [1, rows].
 
-    A wrapped weight costs Python on every call, and quanto::qbytes_mm (library/qbytes_mm.py:24) is opaque: 5 bytes are
-    moved for each weight of one. Here a decode step reads the stored bytes once and accumulates in float32.
-
-    8 bits: weight = data * scale. 4 and 2 bits: weight = q * scale + zero a group, and data[row, group, i] holds the
-    group's elements i, i + chunk, …
+    A decode step's matrix product, which reads each stored byte once and sums in float32. In Triton, since Inductor's
+    own reductions come out right only by minutes of tuning, and not every time. Also for unquantized weights.
     """
     import torch
+    import triton
 
-    class PlainLinear(torch.nn.Module):
-        def __init__(self, linear: typing.Any) -> None:
+    global tl  # a kernel finds its names among the module's
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(x, weight, scale, y, rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        start = row.to(tl.int64) * cols
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for first in tl.range(0, cols, BLOCK, num_stages=3):
+            col = first + tl.arange(0, BLOCK)
+            inside = (row < rows)[:, None] & (col < cols)[None, :]
+            values = tl.load(weight + start[:, None] + col[None, :], inside, 0.0).to(tl.float32)
+            total += values * tl.load(x + col, col < cols, 0.0).to(tl.float32)[None, :]
+        factor = tl.load(scale + row, row < rows).to(tl.float32)
+        tl.store(y + row, tl.sum(total, 1) * factor, row < rows)
+
+    def run(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty(1, weight.shape[0])
+        kernel[(-(-weight.shape[0] // 4),)](
+            x, weight, scale, y, *weight.shape, ROWS=4, BLOCK=512, num_warps=4
+        )
+        return y
+
+    schema = "(Tensor x, Tensor weight, Tensor scale) -> Tensor"
+    op = torch.library.custom_op("qwquanto::gemv", run, mutates_args=(), schema=schema)
+    op.register_fake(lambda x, weight, scale: x.new_empty(1, weight.shape[0]))
+    return op
+
+
+@functools.cache
+def plain_linear() -> Callable:
+    """linear layer -> the same layer computing with plain tensors; the same object where nothing is to be gained."""
+    import torch
+
+    class Plain(torch.nn.Module):
+        def __init__(self, bias: typing.Any, **tensors: typing.Any) -> None:
             super().__init__()
-            weight = getattr(linear.weight, "data", linear.weight)
-            self.rows, self.cols = weight.shape
-            self.bits, self.bias = weight._qtype.bits, linear.bias
-            if self.bits == 8:
-                data, scale, zero = weight._data, weight._scale, None
-            else:
-                q, scale, zero = grouped(weight)
-                q = q.view(self.rows, scale.shape[1], 8 // self.bits, -1)
-                data = sum(q[:, :, i] << self.bits * i for i in range(8 // self.bits))
-            self.register_buffer("data", data)
-            self.register_buffer("scale", scale)
-            self.register_buffer("zero", zero)
+            self.bias = bias
+            for name, tensor in tensors.items():
+                self.register_buffer(name, tensor)
 
         def forward(self, x: typing.Any) -> typing.Any:
-            shape, x = (*x.shape[:-1], self.rows), x.reshape(-1, self.cols)
-            parts = 8 // self.bits
-            if (
-                x.is_cpu
-                and self.data.dtype == torch.int8
-                and x.dtype == torch.bfloat16
-                and self.cols % 4 == 0
-            ):
-                y = torch._weight_int8pack_mm(x, self.data, self.scale.flatten())  # as Quanto does on a CPU
-            elif x.shape[0] > 1:
-                y = x @ self.dequantized().t()
-            elif self.bits == 8:  # a sum, not a matmul: Inductor fuses it with the reading of the bytes
-                y = (x.float() * self.eight_bits()).sum(-1) * self.scale.float().flatten()
-            else:  # scale and zero taken out of the sum over a group
-                x, q = x.float().view(-1, parts, self.data.shape[2]), self.data.int()
-                dots = sum(x[:, i] * (q >> i * self.bits & 2**self.bits - 1) for i in range(parts)).sum(-1)
-                y = (dots * self.scale.float() + x.sum((1, 2)) * self.zero.float()).sum(-1)
-            y = y.to(self.scale.dtype).view(shape)
+            y = self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
 
-        def eight_bits(self) -> typing.Any:
-            if self.data.is_cuda or self.data.dtype != torch.float8_e4m3fn:
+    class Rows(Plain):
+        """8 bits, or as stored with a scale of one: data [rows, columns], scale [rows, 1]."""
+
+        def __init__(self, bias: typing.Any, data: typing.Any, scale: typing.Any) -> None:
+            super().__init__(bias, data=data, scale=scale)
+            # float8 before Ada and Hopper, and on a CPU: the hardware cannot read it
+            native = data.is_cuda and torch.cuda.get_device_capability(data.device) >= (8, 9)
+            self.emulated = data.dtype == torch.float8_e4m3fn and not native
+            self.gemv = gemv() if data.is_cuda and not self.emulated else None
+
+        def product(self, x: typing.Any) -> typing.Any:
+            data, scale = self.data, self.scale
+            if self.gemv and x.shape[0] == 1:
+                return self.gemv(x, data, scale)
+            if x.is_cpu and (data.dtype, x.dtype) == (torch.int8, torch.bfloat16) and x.shape[1] % 4 == 0:
+                return torch._weight_int8pack_mm(x, data, scale.flatten())  # as Quanto does on a CPU
+            if x.shape[0] > 1:
+                return x @ (data if data.dtype == x.dtype else data.to(x.dtype) * scale).t()
+            # a sum, not a matmul: Inductor fuses it with the reading of the bytes
+            return ((x.float() * self.floats()).sum(-1) * scale.float().flatten()).to(x.dtype)[None]
+
+        def floats(self) -> typing.Any:
+            if not self.emulated:
                 return self.data.float()
-            bits = self.data.view(torch.uint8).int()  # Inductor vectorizes no float8 on a CPU, but integers
+            bits = self.data.view(torch.uint8).int()  # Inductor vectorizes integers
             exponent = bits >> 3 & 15
             value = (bits & 7 | exponent.clamp(max=1) << 3) << exponent.clamp(min=1)
             return (value * (1 - (bits >> 6 & 2))).float() * 2.0**-10
 
-        def dequantized(self) -> typing.Any:
-            if self.bits == 8:
-                return self.data.to(self.scale.dtype) * self.scale
-            q = [self.data >> i * self.bits & 2**self.bits - 1 for i in range(8 // self.bits)]
-            q = torch.stack(q, 2).flatten(2)
-            return (q * self.scale[:, :, None] + self.zero[:, :, None]).view(self.rows, self.cols)
+    class Groups(Plain):
+        """4 or 2 bits, weight = q * scale + zero a group; data[row, group, i] holds its elements i, i + chunk, …"""
 
-    return PlainLinear
+        def product(self, x: typing.Any) -> typing.Any:
+            groups, chunk = self.data.shape[1:]
+            parts = x.shape[1] // groups // chunk
+            bits = 8 // parts
+            q = [self.data.int() >> bits * i & 2**bits - 1 for i in range(parts)]
+            if x.shape[0] > 1:
+                weight = torch.stack(q, 2).flatten(2) * self.scale[:, :, None] + self.zero[:, :, None]
+                return x @ weight.flatten(1).to(x.dtype).t()
+            # scale and zero taken out of the sum over a group
+            x = x.view(groups, parts, chunk).float()
+            dots = sum(x[:, i] * q[i] for i in range(parts)).sum(-1)
+            y = (dots * self.scale.float() + x.sum((1, 2)) * self.zero.float()).sum(-1)
+            return y.to(self.scale.dtype)[None]
 
+    class TinyGemm(Plain):
+        """4 bits on CUDA in bfloat16: the kernel that Quanto uses too, but packed for fewer, larger reads."""
 
-def grouped(weight: typing.Any) -> tuple[typing.Any, typing.Any, typing.Any]:
-    """A 4- or 2-bit weight's integers, shape [rows, columns], and its scale and zero, shape [rows, groups]."""
-    rows, cols = weight.shape
-    if hasattr(weight, "_scale_shift"):  # TinyGemm: weight = (q - 8) * scale + shift
-        scale, shift = (part.t().contiguous() for part in weight._scale_shift.unbind(-1))
-        return weight._data.unpack(), scale, shift - 8 * scale
-    q = weight._data.unpack().view(rows, cols)
-    scale, shift = weight._scale.view(rows, -1), weight._shift.view(rows, -1)
-    return q, scale, -shift if shift.is_floating_point() else -shift * scale
+        def product(self, x: typing.Any) -> typing.Any:
+            return torch._weight_int4pack_mm(x, self.data, x.shape[1] // self.scale.shape[0], self.scale)
+
+    def plain(linear: typing.Any) -> typing.Any:
+        weight, bias = getattr(linear.weight, "data", linear.weight), linear.bias
+        if not hasattr(weight, "__tensor_flatten__"):
+            ones = weight.new_ones(len(weight), 1)
+            return Rows(bias, data=weight, scale=ones) if weight.is_cuda else linear
+        if weight._qtype.bits == 8:
+            return Rows(bias, data=weight._data, scale=weight._scale)
+        q = weight._data.unpack()
+        if hasattr(weight, "_scale_shift"):
+            data = torch._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).contiguous(), 8)
+            return TinyGemm(bias, data=data, scale=weight._scale_shift)
+        bits, rows = weight._qtype.bits, weight.shape[0]
+        scale, shift = weight._scale.view(rows, -1), weight._shift.view(rows, -1)
+        q = q.view(rows, scale.shape[1], 8 // bits, -1)
+        data = sum(q[:, :, i] << bits * i for i in range(8 // bits))
+        zero = -shift if shift.is_floating_point() else -shift * scale
+        return Groups(bias, data=data, scale=scale, zero=zero)
+
+    return plain
 
 
 def window_attention(module, query, key, value, mask, scaling=None, **more):
@@ -953,53 +1011,86 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     return out.reshape(batch, heads, length, size).transpose(1, 2).contiguous(), None
 
 
-def compilable(model: typing.Any, longest: int) -> dict[str, typing.Any]:
-    """Prepare a model for compiled decode up to `longest` tokens; returns the options that generate() then needs.
+def compilable(model: typing.Any, longest: int) -> tuple[dict[str, typing.Any], Callable[[], None]]:
+    """Prepare a model for compiled decode up to `longest` tokens, one sequence without padding; once a process.
 
-    For one sequence without padding; the cache must be reset before every generate(). One preparation a process.
+    Returns the options that generate() then needs (its cache must be reset before every call) and a function that
+    records CUDA graphs once the step has been compiled by a first run.
     """
     import torch
-    from optimum.quanto import QLinear
     from transformers import AttentionInterface, CompileConfig, StaticCache
 
     if len({str(p.device) for p in model.parameters()}) > 1:
         raise Failure(
             "--compile needs the model on one device: it is spread over several, leave --compile out"
         )
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # where Triton launches and graphs are recorded
     for name, module in list(model.named_modules()):
-        if isinstance(module, QLinear):
+        if isinstance(module, torch.nn.Linear):
             model.set_submodule(name, plain_linear()(module))
-    # is_compileable is False for Quanto: transformers quantizers/base.py
-    model.hf_quantizer = None
-    longest = -(-longest // WINDOW) * WINDOW
+    sizes = range(WINDOW, longest + WINDOW, WINDOW)
     # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
-    cache = StaticCache(config=model.config, max_cache_len=longest + 16)
+    cache = StaticCache(config=model.config, max_cache_len=sizes[-1] + 16)
     AttentionInterface.register("window", window_attention)
     model.config._attn_implementation = "window"
-    places, end = torch.arange(longest, device=model.device), 0
+    places = torch.arange(sizes[-1], device=model.device)
+    windows = {size: places[:size].clone() for size in sizes}
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    graphs: dict[int, tuple[typing.Any, typing.Any]] = {}
 
-    def masks(inputs_embeds: typing.Any, is_first_iteration: bool = False, **_: typing.Any) -> typing.Any:
-        """Causal mask of one window; transformers builds it op by op, 0.5 ms a token (generation/utils.py:728)."""
-        nonlocal end
+    def step(window: typing.Any) -> typing.Any:
+        position = cache.layers[0].cumulative_length.view(1, 1).clone()
+        mask = (window <= position)[None, None]
+        inputs = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        return model.forward(input_ids=token, **inputs, use_cache=True)
+
+    for window in windows.values():
+        torch._dynamo.maybe_mark_dynamic(window, 0)  # one graph serves all windows
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+
+    def decode(input_ids: typing.Any, **_: typing.Any) -> typing.Any:
+        size = -(-input_ids.shape[1] // WINDOW) * WINDOW
+        token.copy_(input_ids[:, -1:])
+        if size not in graphs:
+            return compiled(windows[size])
+        graph, output = graphs[size]
+        graph.replay()
+        return output
+
+    @torch.no_grad()
+    def record() -> None:
+        pool = torch.cuda.graph_pool_handle()
+        for size, window in windows.items():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                output = compiled(window)
+            graphs[size] = graph, output
+
+    prepare = model.prepare_inputs_for_generation
+
+    def inputs(
+        input_ids: typing.Any, is_first_iteration: bool = False, **kwargs: typing.Any
+    ) -> dict[str, typing.Any]:
+        """The step needs the ids alone; transformers prepares the rest op by op, 0.5 ms a token (generation/utils.py:660)."""
+        return (
+            prepare(input_ids, is_first_iteration=True, **kwargs)
+            if is_first_iteration
+            else {"input_ids": input_ids}
+        )
+
+    def prompt_mask(inputs_embeds: typing.Any, **_: typing.Any) -> typing.Any:
         length = inputs_embeds.shape[1]
-        end = length if is_first_iteration else end + length
-        mask = (places[: -(-end // WINDOW) * WINDOW] <= places[end - length : end, None])[None, None]
-        torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all windows
-        return mask
+        return (places[: -(-length // WINDOW) * WINDOW] <= places[:length, None])[None, None]
 
-    model.create_masks_for_generate = masks
-    options: dict[str, typing.Any] = {"guard_filter_fn": shape_guards}
-    if model.device.type == "cuda":  # untuned, Inductor's sums run 1.6 times slower
-        options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-    config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
+    model.prepare_inputs_for_generation = inputs
+    model.create_masks_for_generate = prompt_mask
+    model.get_compiled_call = lambda config: decode
+    model.hf_quantizer = None  # its is_compileable is False for Quanto: transformers quantizers/base.py
+    config = CompileConfig()
     # the CPU too: transformers generation/utils.py, _valid_auto_compile_criteria
     config._compile_all_devices = True
-    return {"past_key_values": cache, "compile_config": config}
-
-
-def shape_guards(guards: typing.Any) -> list[bool]:
-    """Keep only the guards on shapes: nothing else changes here, and checking 700 module guards costs 0.4 ms a token."""
-    return [guard.guard_type == "SHAPE_ENV" for guard in guards]
+    return {"past_key_values": cache, "compile_config": config}, record
 
 
 def graphs_compiled() -> int:
@@ -1010,25 +1101,21 @@ def graphs_compiled() -> int:
 
 
 def compile_decode(s: Settings, rig: Rig, tell: Tell) -> Compiled:
-    """Compile the decode step by running it, all windows of the cache included. Raises Failure if nothing was compiled."""
+    """Compile the decode step by running it, and record it for all windows. Raises Failure if nothing was compiled."""
     begin, tokens = time.perf_counter(), rig.prompt.shape[1]
     longest = max(
         tokens + rig.new_tokens, tokens + min(s.quality_tokens, rig.room) if s.compare else 0, PREFILL_TOKENS
     )
     tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or a few")
-    rig.compiled.update(compilable(rig.model, longest))
+    options, record = compilable(rig.model, longest)
+    rig.compiled.update(options)
     run_once(s, rig, s.seed, tell, "compiling", warm_up=True)
-    if rig.model.device.type == "cuda":  # each window's CUDA graph is recorded when it is first reached
-        run_once(s, rig, s.seed, tell, "recording CUDA graphs")
-    from torch._dynamo.utils import counters
-
+    if rig.model.device.type == "cuda":
+        tell("recording CUDA graphs", live=True)
+        record()
     if graphs_compiled() == 0:
         raise Failure(
             "torch.compile compiled nothing: these figures would be eager ones; leave --compile out"
-        )
-    if skipped := counters["inductor"]["cudagraph_skips"]:
-        raise Failure(
-            f"CUDA graphs were skipped {skipped} times: the figures would not be those of compiled decode"
         )
     return Compiled(time.perf_counter() - begin, graphs_compiled())
 
@@ -1083,6 +1170,7 @@ class Rig:
     exact: bool
     devices: list[str]
     handles: dict[str, typing.Any]
+    reads: tuple[int, int] | None = None  # see `bytes_per_token`
     compiled: dict[str, typing.Any] = field(default_factory=dict)  # options of `compilable`
 
 
@@ -1314,12 +1402,13 @@ def set_up(s: Settings, stage: Stage, tell: Tell, grow: Callable[..., Result]) -
         synchronizer(devices)()
         load_s = time.perf_counter() - begin
         memory = {"before load": before, "after load": snapshot(devices, handles), "peak of load": peak()}
-    grow(load_s=load_s, memory=memory, **weigh(model))
+    result = grow(load_s=load_s, memory=memory, **weigh(model))
     stage.doing = "running the model"
     tokenizer, prompt = prompt_ids(s, folder, model)
     room = room_after(s, model, prompt.shape[1])
     wanted = s.compare_tokens if s.compare else s.max_length - prompt.shape[1]
-    rig = Rig(model, tokenizer, prompt, min(wanted, room), room, bool(s.compare), devices, handles)
+    reads = bytes_per_token(model, result.weight_bytes)
+    rig = Rig(model, tokenizer, prompt, min(wanted, room), room, bool(s.compare), devices, handles, reads)
     grow(generation=really_used(s, rig))
     return rig
 
@@ -1459,8 +1548,10 @@ def utilization(r: Result, rig: Rig) -> dict[str, typing.Any]:
     cached = rig.prompt.shape[1] + statistics.fmean(run.generated_tokens for run in r.runs) / 2
     if rig.compiled:
         cached = mean_window(rig.prompt.shape[1], max(run.generated_tokens for run in r.runs))
-    step, rate = bytes_per_token(rig.model, r.weight_bytes, cached), decode_rate(r.runs)
-    if step is None or rate is None:
+    if rig.reads is None:
+        return {}
+    step, rate = int(rig.reads[0] + rig.reads[1] * cached), decode_rate(r.runs)
+    if rate is None:
         return {"bytes_per_token": step}
     speeds, held = r.memory_bytes_per_s, {}
     for device in speeds:

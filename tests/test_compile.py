@@ -13,57 +13,76 @@ import qwquanto as q
 
 COMPARE_LOGITS = """
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 import torch
+from torch._dynamo.utils import counters
 import qwquanto as q
 
-folder, weights, length = sys.argv[1], sys.argv[2], int(sys.argv[3])
-s = replace(q.Settings(), model_name=folder, weights=None if weights == "none" else weights, compile=True, device="cpu")
-model = q.load(s, folder, q.skeleton(s, folder), ["cpu"])
-prompt = torch.arange(40, 50)[None]
-rig = q.Rig(model, None, prompt, length, 1000, True, ["cpu"], {})
+device, folder, lengths = sys.argv[1], sys.argv[2], dict(pair.split("=") for pair in sys.argv[3:])
+if device == "cpu":  # recording CUDA graphs runs the step there instead
+    torch.cuda.CUDAGraph, torch.cuda.graph = SimpleNamespace, lambda graph, pool: nullcontext()
+    torch.cuda.graph_pool_handle = lambda: None
+compilable = q.compilable
 
-def logits(rig):
-    kept = []
-    def keep(ids, scores):
-        kept.append(scores[0].clone())
-        if len(kept) <= len(forced):
-            scores = torch.full_like(scores, -torch.inf)
-            scores[0, forced[len(kept) - 1]] = 0
-        return scores
-    clock = q.Clock(lambda: None, 1e9, 0, lambda *_: None)
-    q.generate(rig, prompt, clock, logits_processor=[keep], max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=0)
-    return torch.stack(kept)[:, 1:]  # without the end token, which min_new_tokens forbids
+for weights, length in lengths.items():
+    torch._dynamo.reset()
+    counters.clear()
+    length, seen = int(length), []
+    s = replace(q.Settings(), model_name=folder, weights=None if weights == "none" else weights, compile=True)
+    model = q.load(s, folder, q.skeleton(s, folder), [device])
+    prompt = torch.arange(40, 50, device=device)[None]
+    rig = q.Rig(model, None, prompt, length, 1000, True, [device], {})
 
-forced = []
-eager = logits(rig)
-forced = (eager.argmax(-1) + 1).tolist()
-compiled = q.compile_decode(s, rig, lambda *_, **__: None)
-got = logits(rig)
-top = eager.topk(2).values
-clear = top[:, 0] - top[:, 1] > 0.03 * top[:, 0].abs()  # several times the rounding of bfloat16
-agree = (got.argmax(-1) == eager.argmax(-1))[clear].all().item()
-error = ((got - eager).norm() / eager.norm()).item()
-print(compiled.graphs, q.graphs_compiled(), agree, clear.any().item(), error < 0.02, error)
+    def logits(rig):
+        kept = []
+        def keep(ids, scores):
+            kept.append(scores[0].clone())
+            if len(kept) <= len(forced):
+                scores = torch.full_like(scores, -torch.inf)
+                scores[0, forced[len(kept) - 1]] = 0
+            return scores
+        clock = q.Clock(q.synchronizer([device]), 1e9, 0, lambda *_: None)
+        options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+        q.generate(rig, prompt, clock, logits_processor=[keep], **options)
+        return torch.stack(kept)[:, 1:]  # without the end token, which min_new_tokens forbids
+
+    forced = []
+    eager = logits(rig)
+    forced = (eager.argmax(-1) + 1).tolist()
+    if device == "cpu":
+        q.compilable = lambda *a: seen.append(compilable(*a)) or seen[0]
+    compiled = q.compile_decode(s, rig, lambda *_, **__: None)
+    got = logits(rig)
+    if device == "cpu":
+        seen[0][1]()
+    top = eager.topk(2).values
+    clear = top[:, 0] - top[:, 1] > 0.03 * top[:, 0].abs()  # several times the rounding of bfloat16
+    agree = (got.argmax(-1) == eager.argmax(-1))[clear].all().item()
+    error = ((got - eager).norm() / eager.norm()).item()
+    print(weights, compiled.graphs, q.graphs_compiled(), agree, clear.any().item(), error < 0.02, error, flush=True)
 """
 
 
 @functools.cache
-def compare_logits(folder, weights, length=40):
-    """Eager against compiled logits of one precision, in a process of its own."""
+def compare_logits(folder, device="cpu"):
+    """Eager against compiled logits of each precision on a device, in a process of its own; two windows for int8."""
+    lengths = [f"{weights}={280 if weights == 'int8' else 40}" for weights in q.PRECISIONS]
     done = subprocess.run(
-        [sys.executable, "-c", COMPARE_LOGITS, folder, weights, str(length)],
-        capture_output=True, encoding="utf-8", check=False, cwd=Path(q.__file__).parent, timeout=300,
+        [sys.executable, "-c", COMPARE_LOGITS, device, folder, *lengths],
+        capture_output=True, encoding="utf-8", check=False, cwd=Path(q.__file__).parent, timeout=600,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.split()
+    told = [line.split() for line in done.stdout.splitlines()]
+    return {weights: rest for weights, *rest in told}, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("weights", q.PRECISIONS)
 def test_compiled_logits_are_quantos(tiny, weights):
-    """The same top token wherever it is clear, differences within bf16 rounding, one graph; over two windows."""
-    length = 280 if weights == "int8" else 40
-    graphs, later, agree, clear, close, error = compare_logits(tiny, weights, length)
+    """The same top token wherever it is clear, differences within bf16 rounding; one graph serves all windows."""
+    found, err = compare_logits(tiny)
+    assert weights in found, err
+    graphs, later, agree, clear, close, error = found[weights]
     assert (graphs, later) == ("1", "1")
     assert (agree, clear, close) == ("True", "True", "True"), error
 
@@ -91,7 +110,7 @@ def test_a_compiled_comparison_has_its_eager_pair(script, tiny):
 
 
 def test_nothing_compiled_is_a_failure_and_no_figure(monkeypatch):
-    monkeypatch.setattr(q, "compilable", lambda model, longest: {})
+    monkeypatch.setattr(q, "compilable", lambda model, longest: ({}, None))
     monkeypatch.setattr(q, "run_once", lambda *_, **__: None)
     monkeypatch.setattr(q, "graphs_compiled", lambda: 0)
     model = torch.nn.Linear(1, 1)

@@ -16,6 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SCRIPT, arguments
+from test_compile import compare_logits
 
 import qwquanto as q
 
@@ -158,6 +159,18 @@ def test_float8_keeps_its_biases():
         wanted = x.double() @ linear.weight.double().t() + linear.bias.double()
         error = (quantized(x).double() - wanted).norm() / wanted.norm()
     witness("float8 with bias: 1 + relative error", 1 + error.item(), 1, 0.03)
+
+
+@pytest.mark.parametrize("weights", q.PRECISIONS)
+def test_compiled_logits_are_quantos(tiny, weights):
+    """On CUDA the step has kernels of its own and is replayed from CUDA graphs."""
+    found, err = compare_logits(tiny, "cuda:0")
+    assert weights in found, err
+    graphs, later, agree, clear, close, error = found[weights]
+    print(
+        f"| compiled {weights}: 1 + relative error of the logits | {1 + float(error):.4f} | 1 | |", flush=True
+    )
+    assert (graphs, later, agree, clear, close) == ("1", "1", "True", "True", "True"), error
 
 
 def run_script(env=None, **flags):

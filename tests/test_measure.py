@@ -151,13 +151,13 @@ def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time(monkeypatch):
     parameters = [SimpleNamespace(device=torch.device(d), size=size) for d, size in sizes.items()]
     model = SimpleNamespace(parameters=lambda: iter(parameters))
     monkeypatch.setattr(q, "stored_bytes", lambda tensors: sum(t.size for t in tensors))
-    monkeypatch.setattr(q, "bytes_per_token", lambda *_: 400)
     r = hand_made.result(decode=2.0, memory_bytes_per_s={"cuda:0": 3000.0, "cuda:1": 500.0})
-    found = q.utilization(r, rig(model))
+    two = replace(rig(model), reads=(400, 0))
+    found = q.utilization(r, two)
     assert found == {"bytes_per_token": 400, "bandwidth_utilization": pytest.approx((0.1 + 0.2) * 2)}
     parameters[:] = [SimpleNamespace(device=torch.device("mps:0"), size=5)]
     r = hand_made.result(decode=2.0, memory_bytes_per_s={"mps": 1000.0})
-    assert q.utilization(r, rig(model))["bandwidth_utilization"] == pytest.approx(0.8)
+    assert q.utilization(r, two)["bandwidth_utilization"] == pytest.approx(0.8)
 
 
 def test_nvml_finds_the_gpu_by_uuid_not_by_number(monkeypatch):
