@@ -44,7 +44,7 @@ RANDOM_WEIGHTS: bool = False  # no download: speed and memory hold, text and qua
 QUESTION: str = "如何计算矩阵的行列式？请详细解释计算步骤。"  # the prompt
 CHAT: bool = False  # wrap the question in the model's chat template (Instruct models)
 RUNS: int = 5  # timed runs
-WARMUP_RUNS: int = 1  # untimed runs before them, shown apart: 16 tokens, or more within 5 seconds
+WARMUP_RUNS: int = 1  # untimed runs before them, shown apart; short ones are repeated for 5 seconds
 MAX_LENGTH: int = 2048  # prompt + new tokens
 MAX_SECONDS: float = 60  # a run also ends here, so that a slow machine finishes too
 COMPARE_TOKENS: int = 128  # new tokens of every run in a comparison: the same work for each precision
@@ -71,16 +71,17 @@ import tempfile
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 PRECISIONS = ("none", "float8", "int8", "int4", "int2")
 BITS = {"none": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
 ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
 PREFILL_TOKENS = 512  # as llama-bench's pp512
-# A warm-up ends when it has had both: a GPU's allocator settles over many tokens.
+# A warm-up run ends when it has had both, and warm-up only after so many seconds: a GPU machine is slow at first.
 WARMUP_TOKENS, WARMUP_S = 16, 5
 # The author's choice, in nats of KL: below the first answers are kept, above the second they are broken.
 KEEPS, BREAKS = 0.05, 0.5
@@ -114,7 +115,7 @@ Settings.__doc__ = "A frozen snapshot of the constants: one field each, in lower
 Settings.__module__ = __name__  # a spawned process finds the class where it is defined
 
 
-def convert(text: str, hint: typing.Any) -> typing.Any:
+def convert(text: str, hint: Any) -> Any:
     """The value that a flag's text means for a constant of this type, or the text itself: `check` will complain."""
     if text.lower() == "none" and type(None) in typing.get_args(hint):
         return None
@@ -141,9 +142,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
         else:
             to = lambda text, hint=hint: convert(text, hint)
             parser.add_argument(flag, type=to, default=default, metavar=name.split("_")[-1], help=shown)
-    parser.add_argument(
-        "--debug", action="store_true", help="show tracebacks and the libraries' own messages"
-    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and libraries' messages")
     flags = vars(parser.parse_args(argv))
     debug = flags.pop("debug")
     if flags["compare"] == []:
@@ -169,7 +168,7 @@ def is_model(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
 
 
-def at_least(least: int) -> tuple[Callable[[typing.Any], bool], str]:
+def at_least(least: int) -> tuple[Callable[[Any], bool], str]:
     return lambda v: type(v) is int and v >= least, f"a whole number from {least} on"
 
 
@@ -202,9 +201,8 @@ RULES = {  # constant -> does it hold, and what is allowed
 
 def check(s: Settings) -> list[str]:
     """Everything that is impossible about the settings, each with what is allowed; imports no library."""
-    rules = {
-        name: (lambda v: type(v) is bool, "True or False") for name, hint in HINTS.items() if hint is bool
-    }
+    is_bool = (lambda v: type(v) is bool, "True or False")
+    rules = {name: is_bool for name, hint in HINTS.items() if hint is bool}
     problems = []
     for name, (holds, allowed) in (RULES | rules).items():
         value = getattr(s, name.lower())
@@ -264,7 +262,7 @@ class Result:
     settings: Settings
     environment: dict[str, str] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
-    generation: dict[str, typing.Any] = field(default_factory=dict)  # what generate() really used
+    generation: dict[str, Any] = field(default_factory=dict)  # what generate() really used
     load_s: float | None = None
     parameters: int | None = None
     weight_bytes: int | None = None
@@ -323,12 +321,10 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
     if seen and not torch.cuda.is_available() and wanted != "cpu":
         reason = "the driver is too old for it, or CUDA_VISIBLE_DEVICES hides the GPU"
         if torch.version.cuda is None:
-            reason = (
-                "install a CUDA build, pip install torch --index-url https://download.pytorch.org/whl/cu130"
-            )
-        notes.append(
-            f"NVIDIA's driver sees {seen[0]}, but this torch ({torch.__version__}) cannot use it: {reason}"
-        )
+            index = "https://download.pytorch.org/whl/cu130"
+            reason = f"install a CUDA build, pip install torch --index-url {index}"
+        torch_here = f"this torch ({torch.__version__})"
+        notes.append(f"NVIDIA's driver sees {seen[0]}, but {torch_here} cannot use it: {reason}")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     mps = ["mps"] if torch.backends.mps.is_available() else []
     if wanted == "auto":
@@ -364,7 +360,7 @@ def nvml_names() -> list[str]:
         return []
 
 
-def nvml_handles(devices: list[str]) -> tuple[dict[str, typing.Any], list[str]]:
+def nvml_handles(devices: list[str]) -> tuple[dict[str, Any], list[str]]:
     """NVML's handle of each CUDA device, and notes. By UUID: CUDA_VISIBLE_DEVICES renumbers, NVML does not."""
     import pynvml
     import torch
@@ -384,14 +380,14 @@ def nvml_handles(devices: list[str]) -> tuple[dict[str, typing.Any], list[str]]:
     return handles, notes
 
 
-def device_memory_used(handle: typing.Any) -> int:
+def device_memory_used(handle: Any) -> int:
     """Bytes in use by all programs, as nvidia-smi tells it: version 1 of NVML's call counts the driver's reserve too."""
     import pynvml
 
     return pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).used
 
 
-def energy_j(handles: dict[str, typing.Any]) -> dict[str, float]:
+def energy_j(handles: dict[str, Any]) -> dict[str, float]:
     """Joules that each GPU has used since its driver was loaded (Volta and newer); empty where it does not count."""
     if not handles:
         return {}
@@ -413,7 +409,7 @@ def synchronizer(devices: list[str]) -> Callable[[], None]:
     return torch.mps.synchronize if devices == ["mps"] else lambda: None
 
 
-def environment(devices: list[str], handles: dict[str, typing.Any]) -> dict[str, str]:
+def environment(devices: list[str], handles: dict[str, Any]) -> dict[str, str]:
     """Hardware and versions: a benchmark's are part of its result."""
     import platform
     from importlib.metadata import version
@@ -429,7 +425,7 @@ def environment(devices: list[str], handles: dict[str, typing.Any]) -> dict[str,
     told["ram"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
     for device in devices:
         if device.startswith("cuda"):
-            told[device] = f"{torch.cuda.get_device_name(device)}, {total_memory(device) / 2**30:.1f} GiB"
+            told[device] = f"{torch.cuda.get_device_name(device)}, {memory_of(device)[1] / 2**30:.1f} GiB"
     if handles:
         import pynvml
 
@@ -448,7 +444,7 @@ def memory_bandwidth(device: str, size: int = 2**30) -> float:
     import torch
 
     synchronize = synchronizer([device])
-    size = min(size, free_memory(device) // 8)
+    size = min(size, memory_of(device)[0] // 8)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     best = 0.0
@@ -465,25 +461,17 @@ def memory_bandwidth(device: str, size: int = 2**30) -> float:
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def total_memory(device: str) -> int:
-    """Bytes of a device: its own memory, or the computer's."""
+def memory_of(device: str) -> tuple[int, int]:
+    """Bytes that can still be taken on a device, and all it has: its own memory, or the computer's."""
     import psutil
     import torch
 
-    return torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else psutil.virtual_memory().total
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)
+    return psutil.virtual_memory().available, psutil.virtual_memory().total
 
 
-def free_memory(device: str) -> int:
-    """Bytes that can still be taken on a device."""
-    import psutil
-    import torch
-
-    return (
-        torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
-    )
-
-
-def snapshot(devices: list[str], handles: dict[str, typing.Any]) -> dict[str, int]:
+def snapshot(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
     """Bytes at this moment: "rss" of this process, and "cuda:0 allocated", "… reserved", "… used" (whole device)."""
     import psutil
     import torch
@@ -502,7 +490,7 @@ def snapshot(devices: list[str], handles: dict[str, typing.Any]) -> dict[str, in
 
 
 @contextmanager
-def peak_memory(devices: list[str], handles: dict[str, typing.Any]) -> Iterator[Callable[[], dict[str, int]]]:
+def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callable[[], dict[str, int]]]:
     """Watches memory within the block; the function it yields tells the peaks so far, as `snapshot` does.
 
     torch's own CUDA peaks are exact. RSS, NVML and MPS keep no peak: a thread looks ten times a second.
@@ -538,7 +526,7 @@ def peak_memory(devices: list[str], handles: dict[str, typing.Any]) -> Iterator[
         watcher.join()
 
 
-def plain_tensors(tensor: typing.Any) -> list:
+def plain_tensors(tensor: Any) -> list:
     """The tensors that really hold a tensor's bytes.
 
     A Quanto weight is a wrapper that reports the size and dtype of the unquantized one: `nbytes`, `element_size` and
@@ -547,12 +535,10 @@ def plain_tensors(tensor: typing.Any) -> list:
     tensor = getattr(tensor, "data", tensor)  # a Parameter hides the wrapper's methods
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [
-        plain for name in tensor.__tensor_flatten__()[0] for plain in plain_tensors(getattr(tensor, name))
-    ]
+    return [p for name in tensor.__tensor_flatten__()[0] for p in plain_tensors(getattr(tensor, name))]
 
 
-def stored_bytes(tensors: typing.Iterable) -> int:
+def stored_bytes(tensors: Iterable) -> int:
     """Bytes stored for all of these tensors together, tied ones counted once."""
     plain = [p for tensor in tensors for p in plain_tensors(tensor) if p.numel()]
     return sum({(str(p.device), p.data_ptr()): p.nbytes for p in plain}.values())
@@ -582,9 +568,7 @@ def fetch(s: Settings) -> str | None:
                 break
         return folder
     except errors.GatedRepoError:
-        raise Failure(
-            f"{s.model_name} is gated: accept its terms on its page, then log in with: hf auth login"
-        ) from None
+        raise Failure(f"{s.model_name} is gated: accept its terms on its page, then: hf auth login") from None
     except errors.RepositoryNotFoundError:
         raise Failure(f"the Hub knows no model {s.model_name} (or it is private: hf auth login)") from None
     except (OSError, errors.HfHubHTTPError) as error:
@@ -604,9 +588,7 @@ def check_checkpoint(folder: str) -> None:
     if index.exists():
         files = [root / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     if not files and not list(root.glob("*.bin")):
-        raise Failure(
-            f"{folder} holds no weights (*.safetensors): download it again, or use --random-weights"
-        )
+        raise Failure(f"{folder} holds no weights (*.safetensors): download it again, or --random-weights")
     for file in files:
         try:
             safetensors.safe_open(file, "pt").keys()
@@ -614,7 +596,7 @@ def check_checkpoint(folder: str) -> None:
             raise Failure(f"{file} is missing or damaged ({first_line(error)}): download it again") from None
 
 
-def skeleton(s: Settings, folder: str | None) -> typing.Any:
+def skeleton(s: Settings, folder: str | None) -> Any:
     """The model without memory (on torch's meta device), in the dtype it will be loaded in."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -629,7 +611,7 @@ def skeleton(s: Settings, folder: str | None) -> typing.Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=s.trust_remote_code)
 
 
-def linear_names(model: typing.Any) -> list[str]:
+def linear_names(model: Any) -> list[str]:
     """Names of the linear layers, as Quanto's transformers integration sees them: all but the output embedding."""
     import torch
 
@@ -637,7 +619,7 @@ def linear_names(model: typing.Any) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
 
 
-def expected_bytes(model: typing.Any, precision: str) -> int:
+def expected_bytes(model: Any, precision: str) -> int:
     """Bytes that the weights of a `skeleton` will take: 8-bit with a scale a row, fewer bits with two a group of 128."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     linear = [model.get_submodule(name).weight for name in linear_names(model)]
@@ -650,7 +632,7 @@ def expected_bytes(model: typing.Any, precision: str) -> int:
     return int(total)
 
 
-def random_state(model: typing.Any) -> dict[str, typing.Any]:
+def random_state(model: Any) -> dict[str, Any]:
     """Random weights for a `skeleton`: one block of normal numbers over and over (filling 3 B anew takes a minute).
 
     A tied output embedding must be left out, or from_pretrained unties it in silence.
@@ -695,7 +677,7 @@ def use_plain_kernels() -> None:
     extension._extensions.pop("quanto_cuda", None)
 
 
-def load(s: Settings, folder: str | None, empty: typing.Any, devices: list[str]) -> typing.Any:
+def load(s: Settings, folder: str | None, empty: Any, devices: list[str]) -> Any:
     """The model of `empty`, quantized while it loads; spread over all `devices` if there are several.
 
     Raises Failure for a checkpoint that lacks weights.
@@ -709,9 +691,7 @@ def load(s: Settings, folder: str | None, empty: typing.Any, devices: list[str])
         from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
 
         options["quantization_config"] = QuantoConfig(weights=s.weights)
-        if s.compile and devices == [
-            "cpu"
-        ]:  # TinyGemm's packing takes a matrix product to undo: hours on a CPU
+        if s.compile and devices == ["cpu"]:  # TinyGemm's packing takes hours to undo on a CPU
             WeightQBitsTensor.create = staticmethod(WeightQBitsTensor)  # tensor/weights/qbits.py:65
     if s.random_weights:
         state = random_state(empty)
@@ -721,17 +701,13 @@ def load(s: Settings, folder: str | None, empty: typing.Any, devices: list[str])
         model, told = AutoModelForCausalLM.from_pretrained(folder, **options)
         missing = [key for key in told["missing_keys"] if not key.endswith(ACTIVATION_SCALES)]
         if missing:
-            raise Failure(
-                f"the checkpoint lacks {len(missing)} weights, {missing[0]} first: download it again"
-            )
+            raise Failure(f"the checkpoint lacks {len(missing)} weights ({missing[0]}): download it again")
     if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) - {*devices}:
-        raise Failure(
-            f"the model does not fit {', '.join(devices)} whole: parts of it were left to the CPU or the disk"
-        )
+        raise Failure(f"the model does not fit {', '.join(devices)}: parts were left to the CPU or the disk")
     return model.eval()
 
 
-def weigh(model: typing.Any) -> dict[str, typing.Any]:
+def weigh(model: Any) -> dict[str, Any]:
     """The fields of a Result about the weights: bytes, and how many layers Quanto really holds."""
     linear = [model.get_submodule(name).weight for name in linear_names(model)]
     inner = [getattr(weight, "data", weight) for weight in linear]
@@ -752,7 +728,7 @@ def weigh(model: typing.Any) -> dict[str, typing.Any]:
     }
 
 
-def bytes_per_token(model: typing.Any, kept: int) -> tuple[int, int] | None:
+def bytes_per_token(model: Any, kept: int) -> tuple[int, int] | None:
     """Bytes that one decode step must read: of the `kept` ones of weights (not an untied input embedding), and for each
     token in the KV cache.
 
@@ -790,7 +766,7 @@ LACKS = {  # what an error's text says -> what this machine lacks
 }
 
 
-def would_fit(empty: typing.Any, room: float) -> str:
+def would_fit(empty: Any, room: float) -> str:
     """The precisions whose weights fit into `room` bytes, as advice."""
     if empty is None:  # it failed before the model's size was known
         return "close other programs, or take a smaller model"
@@ -799,9 +775,7 @@ def would_fit(empty: typing.Any, room: float) -> str:
         for p in PRECISIONS
         if expected_bytes(empty, p) * 1.1 < room
     ]
-    return (
-        f"would fit: {', '.join(fits)}" if fits else "no precision of this model fits: take a smaller model"
-    )
+    return f"would fit: {', '.join(fits)}" if fits else "no precision fits: take a smaller model"
 
 
 def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
@@ -822,16 +796,16 @@ def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
     return f"{type(error).__name__} while {stage.doing}: {first_line(error)} (--debug shows more)", False
 
 
-def fit(s: Settings, empty: typing.Any, devices: list[str], tell: Tell, notes: list[str]) -> list[str]:
+def fit(s: Settings, empty: Any, devices: list[str], tell: Tell, notes: list[str]) -> list[str]:
     """The devices to load on: the first GPU that the model fits, else all. Says what is coming before it comes.
 
     Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried, with a note.
     """
     sizes = {p: expected_bytes(empty, p) for p in PRECISIONS}
     needed = sizes[s.weights or "none"]
-    roomy = [d for d in devices if needed * 1.1 < free_memory(d)]
+    roomy = [d for d in devices if needed * 1.1 < memory_of(d)[0]]
     devices = roomy[:1] if roomy else devices
-    free, total = sum(map(free_memory, devices)), sum(map(total_memory, devices))
+    free, total = map(sum, zip(*map(memory_of, devices), strict=True))
     where = ", ".join(devices)
     tell(
         f"{s.model_name}, {s.weights or 'as stored'}: {digits(sum(p.numel() for p in empty.parameters()), 1e9)} B "
@@ -841,9 +815,8 @@ def fit(s: Settings, empty: typing.Any, devices: list[str], tell: Tell, notes: l
         advice = would_fit(empty, total)
         raise Failure(f"the weights need {gib(needed)} GiB and {where} has {gib(total)} GiB in all; {advice}")
     if needed > free:
-        notes.append(
-            f"the weights need {gib(needed)} GiB, only {gib(free)} GiB are free on {where}: tried all the same"
-        )
+        free_there = f"{gib(free)} GiB are free on {where}"
+        notes.append(f"the weights need {gib(needed)} GiB, only {free_there}: tried all the same")
     return devices
 
 
@@ -887,9 +860,8 @@ def gemv() -> Callable:
 
     def run(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         y = x.new_empty(1, weight.shape[0])
-        kernel[(-(-weight.shape[0] // 4),)](
-            x, weight, scale, y, *weight.shape, ROWS=4, BLOCK=512, num_warps=4
-        )
+        grid = (-(-weight.shape[0] // 4),)
+        kernel[grid](x, weight, scale, y, *weight.shape, ROWS=4, BLOCK=512, num_warps=4)
         return y
 
     schema = "(Tensor x, Tensor weight, Tensor scale) -> Tensor"
@@ -904,54 +876,55 @@ def plain_linear() -> Callable:
     import torch
 
     class Plain(torch.nn.Module):
-        def __init__(self, bias: typing.Any, **tensors: typing.Any) -> None:
+        def __init__(self, bias: Any, **tensors: Any) -> None:
             super().__init__()
             self.bias = bias
             for name, tensor in tensors.items():
                 self.register_buffer(name, tensor)
 
-        def forward(self, x: typing.Any) -> typing.Any:
+        def forward(self, x: Any) -> Any:
             y = self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
 
     class Rows(Plain):
         """8 bits, or as stored with a scale of one: data [rows, columns], scale [rows, 1]."""
 
-        def __init__(self, bias: typing.Any, data: typing.Any, scale: typing.Any) -> None:
+        def __init__(self, bias: Any, data: Any, scale: Any) -> None:
             super().__init__(bias, data=data, scale=scale)
-            # float8 before Ada and Hopper, and on a CPU: the hardware cannot read it
-            native = data.is_cuda and torch.cuda.get_device_capability(data.device) >= (8, 9)
+            if data.is_cuda:
+                native = torch.cuda.get_device_capability(data.device) >= (8, 9)
+            else:
+                native = torch.backends.cpu.get_cpu_capability() == "AVX512"
             self.emulated = data.dtype == torch.float8_e4m3fn and not native
             self.gemv = gemv() if data.is_cuda and not self.emulated else None
 
-        def product(self, x: typing.Any) -> typing.Any:
+        def product(self, x: Any) -> Any:
             data, scale = self.data, self.scale
             if self.gemv and x.shape[0] == 1:
                 return self.gemv(x, data, scale)
             if x.is_cpu and (data.dtype, x.dtype) == (torch.int8, torch.bfloat16) and x.shape[1] % 4 == 0:
                 return torch._weight_int8pack_mm(x, data, scale.flatten())  # as Quanto does on a CPU
-            if x.shape[0] > 1:
+            if x.shape[0] > 1 or not torch.compiler.is_compiling():
                 return x @ (data if data.dtype == x.dtype else data.to(x.dtype) * scale).t()
             # a sum, not a matmul: Inductor fuses it with the reading of the bytes
             return ((x.float() * self.floats()).sum(-1) * scale.float().flatten()).to(x.dtype)[None]
 
-        def floats(self) -> typing.Any:
+        def floats(self) -> Any:
             if not self.emulated:
                 return self.data.float()
-            bits = self.data.view(torch.uint8).int()  # Inductor vectorizes integers
-            exponent = bits >> 3 & 15
-            value = (bits & 7 | exponent.clamp(max=1) << 3) << exponent.clamp(min=1)
-            return (value * (1 - (bits >> 6 & 2))).float() * 2.0**-10
+            # the bits of a float16 of 1/256 of the value, in operations that every machine vectorizes
+            half = self.data.view(torch.int8).to(torch.int16) * 128 & -16512
+            return half.view(torch.float16).float() * 256
 
     class Groups(Plain):
         """4 or 2 bits, weight = q * scale + zero a group; data[row, group, i] holds its elements i, i + chunk, …"""
 
-        def product(self, x: typing.Any) -> typing.Any:
+        def product(self, x: Any) -> Any:
             groups, chunk = self.data.shape[1:]
             parts = x.shape[1] // groups // chunk
             bits = 8 // parts
-            q = [self.data.int() >> bits * i & 2**bits - 1 for i in range(parts)]
-            if x.shape[0] > 1:
+            q = [self.data >> bits * i & 2**bits - 1 for i in range(parts)]
+            if x.shape[0] > 1 or not torch.compiler.is_compiling():
                 weight = torch.stack(q, 2).flatten(2) * self.scale[:, :, None] + self.zero[:, :, None]
                 return x @ weight.flatten(1).to(x.dtype).t()
             # scale and zero taken out of the sum over a group
@@ -963,14 +936,14 @@ def plain_linear() -> Callable:
     class TinyGemm(Plain):
         """4 bits on CUDA in bfloat16: the kernel that Quanto uses too, but packed for fewer, larger reads."""
 
-        def product(self, x: typing.Any) -> typing.Any:
+        def product(self, x: Any) -> Any:
             return torch._weight_int4pack_mm(x, self.data, x.shape[1] // self.scale.shape[0], self.scale)
 
-    def plain(linear: typing.Any) -> typing.Any:
+    def plain(linear: Any) -> Any:
         weight, bias = getattr(linear.weight, "data", linear.weight), linear.bias
-        if not hasattr(weight, "__tensor_flatten__"):
+        if not hasattr(weight, "_qtype"):
             ones = weight.new_ones(len(weight), 1)
-            return Rows(bias, data=weight, scale=ones) if weight.is_cuda else linear
+            return Rows(bias, data=weight, scale=ones)
         if weight._qtype.bits == 8:
             return Rows(bias, data=weight._data, scale=weight._scale)
         q = weight._data.unpack()
@@ -995,23 +968,27 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     """
     import torch
 
-    if unknown := [
-        k for k, v in more.items() if k in ("softcap", "s_aux", "sliding_window", "position_bias") and v
-    ]:
+    given = {name for name, value in more.items() if value is not None}
+    if unknown := given & {"softcap", "s_aux", "sliding_window", "position_bias"}:
         raise Failure(f"--compile does not know this model's attention ({', '.join(unknown)}): leave it out")
     key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
     batch, heads, length, size = query.shape
     if length == 1:
         query = query.view(batch, key.shape[1], -1, size)
-        scores = (query @ key.transpose(2, 3)).float() * scaling
-        out = torch.softmax(scores.masked_fill(~mask, -math.inf), -1).to(query.dtype) @ value
+        if query.is_cpu:  # as sums, which Inductor vectorizes
+            scores = (query[..., None, :].float() * key[:, :, None]).sum(-1) * scaling
+            weights = torch.softmax(scores.masked_fill(~mask, -math.inf), -1)
+            out = (weights[..., None] * value[:, :, None]).sum(-2).to(value.dtype)
+        else:
+            scores = (query @ key.transpose(2, 3)).float() * scaling
+            out = torch.softmax(scores.masked_fill(~mask, -math.inf), -1).to(value.dtype) @ value
     else:
         key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return out.reshape(batch, heads, length, size).transpose(1, 2).contiguous(), None
 
 
-def compilable(model: typing.Any, longest: int) -> tuple[dict[str, typing.Any], Callable[[], None]]:
+def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], None]]:
     """Prepare a model for compiled decode up to `longest` tokens, one sequence without padding; once a process.
 
     Returns the options that generate() then needs (its cache must be reset before every call) and a function that
@@ -1021,9 +998,9 @@ def compilable(model: typing.Any, longest: int) -> tuple[dict[str, typing.Any], 
     from transformers import AttentionInterface, CompileConfig, StaticCache
 
     if len({str(p.device) for p in model.parameters()}) > 1:
-        raise Failure(
-            "--compile needs the model on one device: it is spread over several, leave --compile out"
-        )
+        raise Failure("--compile needs the model on one device: it is spread over several, leave it out")
+    for kind in {type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())}:
+        kind.forward = torch.compiler.nested_compile_region(kind.forward)  # one layer is compiled, not 36
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # where Triton launches and graphs are recorded
     for name, module in list(model.named_modules()):
@@ -1037,9 +1014,9 @@ def compilable(model: typing.Any, longest: int) -> tuple[dict[str, typing.Any], 
     places = torch.arange(sizes[-1], device=model.device)
     windows = {size: places[:size].clone() for size in sizes}
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    graphs: dict[int, tuple[typing.Any, typing.Any]] = {}
+    graphs: dict[int, tuple[Any, Any]] = {}
 
-    def step(window: typing.Any) -> typing.Any:
+    def step(window: Any) -> Any:
         position = cache.layers[0].cumulative_length.view(1, 1).clone()
         mask = (window <= position)[None, None]
         inputs = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
@@ -1047,9 +1024,11 @@ def compilable(model: typing.Any, longest: int) -> tuple[dict[str, typing.Any], 
 
     for window in windows.values():
         torch._dynamo.maybe_mark_dynamic(window, 0)  # one graph serves all windows
-    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+    # guards on shapes alone: nothing else changes here, and checking them all costs a CPU 1 ms a token
+    shapes = lambda guards: [guard.guard_type == "SHAPE_ENV" for guard in guards]
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, options={"guard_filter_fn": shapes})
 
-    def decode(input_ids: typing.Any, **_: typing.Any) -> typing.Any:
+    def decode(input_ids: Any, **_: Any) -> Any:
         size = -(-input_ids.shape[1] // WINDOW) * WINDOW
         token.copy_(input_ids[:, -1:])
         if size not in graphs:
@@ -1069,9 +1048,7 @@ def compilable(model: typing.Any, longest: int) -> tuple[dict[str, typing.Any], 
 
     prepare = model.prepare_inputs_for_generation
 
-    def inputs(
-        input_ids: typing.Any, is_first_iteration: bool = False, **kwargs: typing.Any
-    ) -> dict[str, typing.Any]:
+    def inputs(input_ids: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
         """The step needs the ids alone; transformers prepares the rest op by op, 0.5 ms a token (generation/utils.py:660)."""
         return (
             prepare(input_ids, is_first_iteration=True, **kwargs)
@@ -1079,7 +1056,7 @@ def compilable(model: typing.Any, longest: int) -> tuple[dict[str, typing.Any], 
             else {"input_ids": input_ids}
         )
 
-    def prompt_mask(inputs_embeds: typing.Any, **_: typing.Any) -> typing.Any:
+    def prompt_mask(inputs_embeds: Any, **_: Any) -> Any:
         length = inputs_embeds.shape[1]
         return (places[: -(-length // WINDOW) * WINDOW] <= places[:length, None])[None, None]
 
@@ -1103,9 +1080,8 @@ def graphs_compiled() -> int:
 def compile_decode(s: Settings, rig: Rig, tell: Tell) -> Compiled:
     """Compile the decode step by running it, and record it for all windows. Raises Failure if nothing was compiled."""
     begin, tokens = time.perf_counter(), rig.prompt.shape[1]
-    longest = max(
-        tokens + rig.new_tokens, tokens + min(s.quality_tokens, rig.room) if s.compare else 0, PREFILL_TOKENS
-    )
+    judged = min(s.quality_tokens, rig.room) if s.compare else 0
+    longest = max(tokens + rig.new_tokens, tokens + judged, PREFILL_TOKENS)
     tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or a few")
     options, record = compilable(rig.model, longest)
     rig.compiled.update(options)
@@ -1114,17 +1090,14 @@ def compile_decode(s: Settings, rig: Rig, tell: Tell) -> Compiled:
         tell("recording CUDA graphs", live=True)
         record()
     if graphs_compiled() == 0:
-        raise Failure(
-            "torch.compile compiled nothing: these figures would be eager ones; leave --compile out"
-        )
+        raise Failure("torch.compile compiled nothing: these figures would be eager; leave --compile out")
     return Compiled(time.perf_counter() - begin, graphs_compiled())
 
 
 def mean_window(prompt_tokens: int, generated_tokens: int) -> float:
     """Tokens of the static cache that a decode step reads, on average."""
-    return statistics.fmean(
-        -(-(prompt_tokens + i) // WINDOW) * WINDOW for i in range(1, max(2, generated_tokens))
-    )
+    steps = range(1, max(2, generated_tokens))
+    return statistics.fmean(-(-(prompt_tokens + i) // WINDOW) * WINDOW for i in steps)
 
 
 # --------------------------------------------------------------------------------------------------- measure
@@ -1148,7 +1121,7 @@ class Clock:
     stamps: list[float] = field(default_factory=list)
     late: bool = False
 
-    def __call__(self, input_ids: typing.Any, scores: typing.Any, **_: typing.Any) -> bool:
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> bool:
         if not (self.only_first and self.stamps):
             self.synchronize()
         self.stamps.append(time.perf_counter())
@@ -1162,19 +1135,19 @@ class Clock:
 class Rig:
     """What a timed generation needs besides its settings."""
 
-    model: typing.Any
-    tokenizer: typing.Any
-    prompt: typing.Any  # token ids, shape [1, prompt tokens]
+    model: Any
+    tokenizer: Any
+    prompt: Any  # token ids, shape [1, prompt tokens]
     new_tokens: int  # at most; exactly, if `exact`
     room: int  # positions the model has left after the prompt
     exact: bool
     devices: list[str]
-    handles: dict[str, typing.Any]
+    handles: dict[str, Any]
     reads: tuple[int, int] | None = None  # see `bytes_per_token`
-    compiled: dict[str, typing.Any] = field(default_factory=dict)  # options of `compilable`
+    compiled: dict[str, Any] = field(default_factory=dict)  # options of `compilable`
 
 
-def options_for(s: Settings, rig: Rig) -> dict[str, typing.Any]:
+def options_for(s: Settings, rig: Rig) -> dict[str, Any]:
     """generate()'s options. max_new_tokens, since Qwen2.5's generation_config.json makes it ignore max_length."""
     config = rig.model.generation_config
     pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
@@ -1191,7 +1164,7 @@ def options_for(s: Settings, rig: Rig) -> dict[str, typing.Any]:
     return options
 
 
-def generate(rig: Rig, prompt: typing.Any, clock: Clock, **options: typing.Any) -> typing.Any:
+def generate(rig: Rig, prompt: Any, clock: Clock, **options: Any) -> Any:
     """The token ids, shape [1, prompt + new], of one timed call of model.generate()."""
     import torch
 
@@ -1224,9 +1197,7 @@ def run_once(s: Settings, rig: Rig, seed: int, tell: Tell, title: str, warm_up: 
     energy = energy_j(rig.handles)
     ids = generate(rig, rig.prompt, clock, **options)
     latency = time.perf_counter() - clock.begin
-    spent = {
-        device: now - energy[device] for device, now in energy_j(rig.handles).items() if device in energy
-    }
+    spent = {d: now - energy[d] for d, now in energy_j(rig.handles).items() if d in energy}
     new = ids[0, rig.prompt.shape[1] :].tolist()
     ttft = clock.stamps[0] - clock.begin
     decode_s = latency - ttft if mps else clock.stamps[-1] - clock.stamps[0]
@@ -1273,7 +1244,7 @@ def prefill_rate(s: Settings, rig: Rig, tell: Tell) -> tuple[int, float]:
     return tokens, tokens / (first if first > 5 else statistics.median(once(tokens) for _ in range(3)))
 
 
-def prompt_ids(s: Settings, folder: str | None, model: typing.Any) -> tuple[typing.Any, typing.Any]:
+def prompt_ids(s: Settings, folder: str | None, model: Any) -> tuple[Any, Any]:
     """The tokenizer (None with random weights) and the question's token ids, shape [1, tokens]. Raises Failure."""
     import torch
     from transformers import AutoTokenizer
@@ -1299,27 +1270,19 @@ def prompt_ids(s: Settings, folder: str | None, model: typing.Any) -> tuple[typi
     return tokenizer, ids.to(device)
 
 
-def room_after(s: Settings, model: typing.Any, prompt_tokens: int) -> int:
+def room_after(s: Settings, model: Any, prompt_tokens: int) -> int:
     """Positions that the model has left after the prompt. Raises Failure where there is none for an answer."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
     if prompt_tokens >= min(longest, longest if s.compare else s.max_length):
-        raise Failure(
-            f"the question has {prompt_tokens} tokens: MAX_LENGTH {s.max_length} or the model leaves no room"
-        )
+        limit = f"MAX_LENGTH {s.max_length} or the model"
+        raise Failure(f"the question has {prompt_tokens} tokens: {limit} leaves no room")
     return longest - prompt_tokens
 
 
-def really_used(s: Settings, rig: Rig) -> dict[str, typing.Any]:
+def really_used(s: Settings, rig: Rig) -> dict[str, Any]:
     """The sampling settings that generate() ends up with, its hidden defaults (top_k = 50) included."""
-    names = (
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "repetition_penalty",
-        "max_new_tokens",
-        "eos_token_id",
-    )
+    sampling = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+    names = (*sampling, "max_new_tokens", "eos_token_id")
     prepared, _ = rig.model._prepare_generation_config(None, **options_for(s, rig))
     return {name: getattr(prepared, name, None) for name in names}
 
@@ -1329,7 +1292,7 @@ class Stage:
     """Where a measurement stands, for the message if it fails there."""
 
     doing: str = "starting"
-    empty: typing.Any = None
+    empty: Any = None
     devices: list[str] = field(default_factory=lambda: ["cpu"])
     room: float = 0.0  # bytes that were free before loading
 
@@ -1344,7 +1307,7 @@ def measure(
     """
     result, stage = Result(s), Stage()
 
-    def grow(**fields: typing.Any) -> Result:
+    def grow(**fields: Any) -> Result:
         nonlocal result
         result = replace(result, **fields)
         save(result)
@@ -1383,15 +1346,13 @@ def set_up(s: Settings, stage: Stage, tell: Tell, grow: Callable[..., Result]) -
     stage.doing = "reading the model's configuration"
     stage.empty = skeleton(s, folder)
     stage.devices = devices = fit(s, stage.empty, stage.devices, tell, notes)
-    stage.room = sum(map(free_memory, devices))
+    stage.room = sum(memory_of(device)[0] for device in devices)
     handles, reasons = nvml_handles(devices)
     grow(environment=environment(devices, handles), devices=devices, notes=notes + reasons)
     stage.doing = "measuring the memory's bandwidth"
     tell(stage.doing, live=True)
     speeds = {device: memory_bandwidth(device) for device in devices}
-    torch.mps.empty_cache() if devices == [
-        "mps"
-    ] else torch.cuda.empty_cache()  # the latter: nothing without CUDA
+    (torch.mps if devices == ["mps"] else torch.cuda).empty_cache()  # the latter: nothing without CUDA
     before = snapshot(devices, handles)
     grow(memory_bytes_per_s=speeds, memory={"before load": before})
     stage.doing = "loading the model"
@@ -1413,10 +1374,18 @@ def set_up(s: Settings, stage: Stage, tell: Tell, grow: Callable[..., Result]) -
     return rig
 
 
+def warmup_runs(s: Settings, rig: Rig, tell: Tell, title: str) -> list[Run]:
+    """WARMUP_RUNS untimed runs, and more until WARMUP_S have passed: a GPU machine needs seconds to reach its pace."""
+    begin, runs = time.perf_counter(), []
+    while len(runs) < s.warmup_runs or (runs and time.perf_counter() - begin < WARMUP_S):
+        runs.append(run_once(s, rig, s.seed + len(runs), tell, title, warm_up=True))
+    return runs
+
+
 def time_runs(s: Settings, rig: Rig, stage: Stage, tell: Tell, grow: Callable[..., Result]) -> None:
     """Warm-up and timed runs, eager before compiled in a comparison; a compiled `rig` is changed to that."""
     if s.compile and s.compare:
-        run_once(s, rig, s.seed, tell, "eager warm-up", warm_up=True)
+        warmup_runs(s, rig, tell, "eager warm-up")
         eager = []
         for i in range(s.runs):
             eager.append(run_once(s, rig, s.seed + i, tell, f"eager run {i + 1} of {s.runs}"))
@@ -1427,7 +1396,7 @@ def time_runs(s: Settings, rig: Rig, stage: Stage, tell: Tell, grow: Callable[..
         compiled = compile_decode(s, rig, tell)
         grow(compiled=compiled)
         stage.doing = "running the compiled model"
-    warm = [run_once(s, rig, s.seed + i, tell, "warm-up", warm_up=True) for i in range(s.warmup_runs)]
+    warm = warmup_runs(s, rig, tell, "warm-up")
     result, graphs, runs = grow(warmup=warm), compiled and graphs_compiled(), []
     rate = decode_rate(warm)
     each = min(s.max_seconds, rig.new_tokens / rate) if rate else s.max_seconds
@@ -1458,15 +1427,15 @@ def judge(s: Settings, rig: Rig, folder: Path, tell: Tell) -> Quality | None:
     tokens_file, rows_file = folder / "tokens.npy", folder / "logprobs.npy"
     kl, same = [], []
 
-    def logprobs(scores: typing.Any) -> typing.Any:
+    def logprobs(scores: Any) -> Any:
         # a broken model's NaN must not pass unseen
         return torch.log_softmax(scores[0].float().nan_to_num(), -1)
 
-    def keep(ids: typing.Any, scores: typing.Any) -> typing.Any:
+    def keep(ids: Any, scores: Any) -> Any:
         rows[ids.shape[1] - start] = logprobs(scores).cpu().numpy()
         return scores
 
-    def force(ids: typing.Any, scores: typing.Any) -> typing.Any:
+    def force(ids: Any, scores: Any) -> Any:
         position = ids.shape[1] - start
         p, q = torch.tensor(rows[position], device=scores.device), logprobs(scores)
         kl.append((p.exp() * (p - q)).sum().item())
@@ -1515,7 +1484,7 @@ def percentile(values: list[float], percent: int) -> float | None:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def middle(values: typing.Iterable[float | None]) -> float | None:
+def middle(values: Iterable[float | None]) -> float | None:
     """The median of what is known."""
     known = [v for v in values if v is not None]
     return statistics.median(known) if known else None
@@ -1540,7 +1509,7 @@ def relative_deviation(runs: list[Run]) -> float | None:
     return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
 
 
-def utilization(r: Result, rig: Rig) -> dict[str, typing.Any]:
+def utilization(r: Result, rig: Rig) -> dict[str, Any]:
     """The Result's fields bytes_per_token and bandwidth_utilization (MBU).
 
     Over several GPUs, which work one after the other, the time that memory needs is the sum of each one's.
@@ -1555,9 +1524,8 @@ def utilization(r: Result, rig: Rig) -> dict[str, typing.Any]:
         return {"bytes_per_token": step}
     speeds, held = r.memory_bytes_per_s, {}
     for device in speeds:
-        held[device] = stored_bytes(
-            p for p in rig.model.parameters() if device in (str(p.device), p.device.type)
-        )
+        here = [p for p in rig.model.parameters() if device in (str(p.device), p.device.type)]
+        held[device] = stored_bytes(here)
     seconds = sum(step * held[d] / sum(held.values()) / speeds[d] for d in speeds)
     return {"bytes_per_token": step, "bandwidth_utilization": seconds * rate}
 
@@ -1568,9 +1536,7 @@ def warnings_for(r: Result) -> list[str]:
     if r.settings.random_weights:
         told.append("Random weights: speed and memory hold, text and quality mean nothing.")
     if r.settings.weights and r.quantized_layers == 0:
-        told.append(
-            f"NOTHING WAS QUANTIZED: Quanto knows none of this model's layers; {r.name} is the model as stored."
-        )
+        told.append(f"NOTHING WAS QUANTIZED: Quanto knows none of its layers; {r.name} is it as stored.")
     if verdict(r) == "broken":
         told.append(f"{r.name} BREAKS THIS MODEL (KL {digits(r.quality.kl_divergence)} nats): do not use it.")
     if r.settings.compare and any(run.stop_reason == "time" for run in r.runs):
@@ -1635,9 +1601,7 @@ def joules_a_token(run: Run) -> float | None:
     return joules(run) / run.generated_tokens if joules(run) else None
 
 
-def table(
-    title: str, columns: typing.Iterable[str], rows: list[list[str]], left: int = 1
-) -> list[typing.Any]:
+def table(title: str, columns: Iterable[str], rows: list[list[str]], left: int = 1) -> list[Any]:
     """A title and a table with Markdown borders; the first `left` columns are text, the others numbers."""
     from rich import box
     from rich.table import Table
@@ -1670,7 +1634,7 @@ def heading(r: Result) -> list[str]:
     return [title, "; ".join(hardware), ", ".join(versions), ""]
 
 
-def single_report(r: Result) -> list[typing.Any]:
+def single_report(r: Result) -> list[Any]:
     """The report of one configuration."""
     parts = heading(r)
     parts += [f"[bold red]FAILED: {literal(r.failure)}[/]"] if r.failure else []
@@ -1684,7 +1648,7 @@ def single_report(r: Result) -> list[typing.Any]:
     return parts
 
 
-def speed_table(r: Result) -> list[typing.Any]:
+def speed_table(r: Result) -> list[Any]:
     """Median and extremes of the timed runs."""
     measures = {
         "decode tokens/s": [run.decode_tokens_per_s for run in r.runs],
@@ -1711,19 +1675,21 @@ def speed_table(r: Result) -> list[typing.Any]:
     return table(title, ("", "median", "min", "max"), rows)
 
 
-def runs_table(r: Result) -> list[typing.Any]:
+def runs_table(r: Result) -> list[Any]:
     """A line a run."""
     columns = ("run", "ended by", "tokens", "TTFT ms", "decode tok/s", "latency s", "J")
     rows = []
-    for name, run in [("warm", w) for w in r.warmup] + [(str(i + 1), run) for i, run in enumerate(r.runs)]:
-        ended = "–" if name == "warm" else run.stop_reason
+    times = f" x{len(r.warmup)}" if len(r.warmup) > 1 else ""
+    warm = [(f"warm{times}", w) for w in r.warmup[-1:]]
+    for name, run in warm + [(str(i + 1), run) for i, run in enumerate(r.runs)]:
+        ended = "–" if name.startswith("warm") else run.stop_reason
         rest = digits(run.decode_tokens_per_s), digits(run.latency_s), digits(joules(run))
         rows.append([name, ended, str(run.generated_tokens), milliseconds(run.ttft_s), *rest])
     used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
     return table(f"Runs ({used})", columns, rows, left=2)
 
 
-def memory_table(r: Result) -> list[typing.Any]:
+def memory_table(r: Result) -> list[Any]:
     """Every phase of memory, a row each kind."""
     phases = ("before load", "after load", "peak of load", "peak of runs")
     names = {
@@ -1752,23 +1718,17 @@ def verdict(r: Result) -> str:
     """What became of the answers: kept, changed, broken, or – where that was not measured."""
     if r.quality is None:
         return "–"
-    return (
-        "kept"
-        if r.quality.kl_divergence < KEEPS
-        else "changed"
-        if r.quality.kl_divergence <= BREAKS
-        else "broken"
-    )
+    kl = r.quality.kl_divergence
+    return "kept" if kl < KEEPS else "changed" if kl <= BREAKS else "broken"
 
 
-def comparison_report(results: list[Result]) -> list[typing.Any]:
+def comparison_report(results: list[Result]) -> list[Any]:
     """Tables, promises and verdict of several precisions of one model."""
     parts = heading(next((r for r in results if r.environment), results[0]))
     for r in results:
         if r.failure:
-            parts.append(
-                f"[bold red]{r.name} {'unavailable' if r.unavailable else 'FAILED'}: {literal(r.failure)}[/]"
-            )
+            what = "unavailable" if r.unavailable else "FAILED"
+            parts.append(f"[bold red]{r.name} {what}: {literal(r.failure)}[/]")
     warned = dict.fromkeys(text for r in results for text in warnings_for(r))
     parts += [f"[bold yellow]! {literal(text)}[/]" for text in warned]
     parts += ["", *comparison_speed(results), *comparison_memory(results), *promises_table(results)]
@@ -1780,7 +1740,7 @@ def label(r: Result) -> str:
     return f"{r.name} [red]✗[/]" if r.failure else r.name
 
 
-def comparison_speed(results: list[Result]) -> list[typing.Any]:
+def comparison_speed(results: list[Result]) -> list[Any]:
     """The comparison's first table."""
     s, rates = results[0].settings, {r.name: decode_rate(r.runs) for r in results}
     largest, base, rows = max((v for v in rates.values() if v), default=0), rates.get("none"), []
@@ -1800,7 +1760,7 @@ def comparison_speed(results: list[Result]) -> list[typing.Any]:
     return table(f"Speed: medians of {s.runs} runs of {s.compare_tokens} new tokens", columns, rows)
 
 
-def comparison_memory(results: list[Result]) -> list[typing.Any]:
+def comparison_memory(results: list[Result]) -> list[Any]:
     """The comparison's second table."""
     colours = {"kept": "green", "changed": "yellow", "broken": "bold red", "reference": "dim", "–": "dim"}
     largest, rows = max((r.weight_bytes or 0 for r in results), default=0) / 2**30, []
@@ -1835,13 +1795,11 @@ def promises(results: list[Result]) -> dict[str, dict[str, tuple[bool, str] | No
     return told
 
 
-def promises_table(results: list[Result]) -> list[typing.Any]:
+def promises_table(results: list[Result]) -> list[Any]:
     """The documentation's promises against what was measured here."""
     measured, rows = promises(results), []
     for promise, row in measured.items():
-        cells = [
-            f"[{'green]✓' if cell[0] else 'red]✗'} {cell[1]}[/]" if cell else "–" for cell in row.values()
-        ]
+        cells = [f"[{'green]✓' if c[0] else 'red]✗'} {c[1]}[/]" if c else "–" for c in row.values()]
         rows.append([promise, PROMISED[promise], *cells])
     columns = ("promise", "documented", *measured["quality (KL)"])
     return table("Quanto's promises: ✓ kept, ✗ not kept, – not measured", columns, rows, left=2)
@@ -1854,16 +1812,13 @@ def promise_reasons(results: list[Result]) -> list[str]:
         figure = kept["memory saved"].get(r.name)
         if BITS[r.name] == 8 and figure and not figure[0]:
             width = r.unquantized_bytes / r.parameters * 8  # bits a stored parameter has
-            most = r.quantizable_bytes / r.unquantized_bytes * (1 - BITS[r.name] / width)
-            told.append(
-                f"Memory: embeddings and output stay as stored: 8 bit saves at most {percent(most)} %."
-            )
+            most = percent(r.quantizable_bytes / r.unquantized_bytes * (1 - BITS[r.name] / width))
+            told.append(f"Memory: embeddings and output stay as stored: 8 bit saves at most {most} %.")
             break
     slow = any(figure and not figure[0] for figure in kept["16-bit speed"].values())
     if slow and not results[0].settings.compile:
-        told.append(
-            "Speed: eager Quanto calls Python for every layer and widens weights on every call: see --compile."
-        )
+        why = "eager Quanto calls Python for every layer and widens weights on every call"
+        told.append(f"Speed: {why}: see --compile.")
     return told
 
 
@@ -1894,7 +1849,7 @@ def verdict_lines(results: list[Result]) -> list[str]:
 # --------------------------------------------------------------------------------------------------- compare
 
 
-def work(s: Settings, reference: str, pipe: typing.Any, debug: bool) -> None:
+def work(s: Settings, reference: str, pipe: Any, debug: bool) -> None:
     """The body of a comparison's child process: sends ("tell", arguments) and ("result", Result) to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides
     quiet_libraries(debug)
@@ -1918,9 +1873,8 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
     began = time.monotonic()
     runs = s.runs * (2 if s.compile else 1)
     most = minutes(len(names) * runs * s.max_seconds)
-    tell(
-        f"{len(names)} precisions of {runs} runs: at most {most} of runs, and loading; better known after the first"
-    )
+    known = "better known after the first"
+    tell(f"{len(names)} precisions of {runs} runs: at most {most} of runs, and loading; {known}")
     tell("getting the model", live=True)
     try:
         fetch(s)  # here, where a long download is no silence
@@ -1933,9 +1887,8 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
             tell(f"{name} ({i + 1} of {len(names)}{rest})")
             result = Result(of_precision(s, name))
             receiver, sender = context.Pipe(duplex=False)
-            child = context.Process(
-                target=work, args=(result.settings, reference, sender, debug), daemon=True
-            )
+            arguments = (result.settings, reference, sender, debug)
+            child = context.Process(target=work, args=arguments, daemon=True)
             child.start()
             sender.close()
             try:
@@ -1954,7 +1907,7 @@ def of_precision(s: Settings, name: str) -> Settings:
     return replace(s, weights=None if name == "none" else name)
 
 
-def listen(receiver: typing.Any, result: Result, tell: Tell, save: Callable) -> tuple[Result, str | None]:
+def listen(receiver: Any, result: Result, tell: Tell, save: Callable) -> tuple[Result, str | None]:
     """Pass on what a child says until its pipe closes: its last Result, and a failure if it fell silent instead."""
     while True:
         try:
@@ -2016,7 +1969,7 @@ def progress() -> Iterator[Tell]:
         yield tell
 
 
-def show(parts: list[typing.Any], file: typing.Any) -> None:
+def show(parts: list[Any], file: Any) -> None:
     """Print a report: coloured and wrapped in a terminal, uncut anywhere else."""
     from rich.console import Console
 

@@ -1,12 +1,13 @@
 """What does compiling bring? Eager against compiled decode, for every precision, on the machine at hand.
 
-    python tests/bench_compile.py                     # Qwen2.5-3B's shape, random weights
-    python tests/bench_compile.py MODEL_FOLDER        # a real model
-    python tests/bench_compile.py MODEL_FOLDER 64 2032    # new tokens of a run; default: 64
+    python tests/bench_compile.py                             # Qwen2.5-3B's shape, random weights
+    python tests/bench_compile.py --model-name FOLDER         # a real model; --random-weights: its config.json alone
+    python tests/bench_compile.py --compare none int8 --compare-tokens 2032 --max-seconds 600
 
-Each precision in a process of its own, the same tokens eager and compiled in one process; the ratio of run i's decode
-rates is shown as median and extremes. "Worst block" is the least ratio over any 64 positions: at no position should
-compiled decode be slower. On a GPU, torchao's int8 (weight only, compiled the same way) runs too where it is installed.
+The flags are the script's. Each precision in a process of its own, the same tokens eager and compiled in one process; the
+ratio of run i's decode rates is shown as median and extremes. "Worst block" is the least ratio over any 64 positions: at
+no position should compiled decode be slower. On a GPU, what a user would pick instead runs too where it is installed:
+torchao's int8 (weight only), compiled by transformers itself.
 """
 
 import multiprocessing
@@ -40,24 +41,32 @@ def row(r: q.Result) -> str:
     return f"| {r.name} | {rates} | {spread} | {min(c / e for e, c in blocks):.2f} | {q.percent(r.bandwidth_utilization)} |"
 
 
-def torchao(s: q.Settings, pipe: "multiprocessing.connection.Connection") -> None:
-    """Decode tokens/s of torchao's int8 weight-only model, compiled as the others are."""
+def torchao(s: q.Settings, pipe: "multiprocessing.connection.Connection", device: str = "cuda:0") -> None:
+    """Decode rates of torchao's int8 weight-only model; transformers compiles it where its cache is static."""
     from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
+    from transformers import StaticCache, TorchAoConfig
 
     q.quiet_libraries(debug=False)
-    empty = q.skeleton(s, None if s.random_weights else s.model_name)
-    options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig()), "device_map": {"": "cuda:0"}}
+    folder = q.fetch(s)
+    empty = q.skeleton(s, folder)
+    options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig()), "device_map": {"": device}}
     state = q.random_state(empty) if s.random_weights else None
-    source = None if s.random_weights else s.model_name
+    source = None if s.random_weights else folder
     model = type(empty).from_pretrained(
         source, config=empty.config, state_dict=state, dtype=empty.dtype, **options
     )
-    tokenizer, prompt = q.prompt_ids(s, s.model_name, model)
-    rig = q.Rig(model.eval(), tokenizer, prompt, s.compare_tokens, 4096, True, ["cuda:0"], {})
-    compiled = q.compile_decode(s, rig, lambda *_, **__: None)
-    rates = [q.run_once(s, rig, i, lambda *_, **__: None, "").decode_tokens_per_s for i in range(s.runs)]
-    pipe.send((statistics.median(rates), min(rates), max(rates), compiled.graphs))
+    tokenizer, prompt = q.prompt_ids(s, folder, model)
+    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + s.compare_tokens)
+    compiled = {"past_key_values": cache}
+    room = q.room_after(s, model, prompt.shape[1])
+    rig = q.Rig(
+        model.eval(), tokenizer, prompt, s.compare_tokens, room, True, [device], {}, compiled=compiled
+    )
+    silent = lambda *_, **__: None
+    q.run_once(s, rig, 0, silent, "")
+    q.warmup_runs(s, rig, silent, "")
+    rates = [q.run_once(s, rig, i, silent, "").decode_tokens_per_s for i in range(s.runs)]
+    pipe.send((statistics.median(rates), min(rates), max(rates), q.graphs_compiled()))
 
 
 def torchao_row(s: q.Settings) -> str:
@@ -68,31 +77,36 @@ def torchao_row(s: q.Settings) -> str:
     child.start()
     sender.close()
     try:
-        middle, low, high, _ = receiver.recv() if receiver.poll(400) else (None,) * 4
-        return f"| torchao int8 | – | {q.digits(middle)} ({q.digits(low)}–{q.digits(high)}) | | | |"
+        if not receiver.poll(600):
+            return "| torchao int8 | said nothing for 600 s | | | | |"
+        middle, low, high, graphs = receiver.recv()
+        rate = f"{q.digits(middle)} ({q.digits(low)}–{q.digits(high)})"
+        return f"| torchao int8, {graphs} graph(s) | – | {rate} | | | |"
     except EOFError:
         return "| torchao int8 | failed: run it alone to see why | | | | |"
     finally:
         child.kill()
 
 
-def main(folder: str | None, *lengths: int) -> None:
+def main(argv: list[str]) -> None:
     import importlib.util
 
     import torch
 
-    model = {"model_name": folder} if folder else {"random_weights": True}
-    base = replace(q.Settings(), **model, compile=True, compare=q.PRECISIONS, quality_tokens=0, runs=3)
-    for tokens in lengths or (64,):
-        s, results = replace(base, compare_tokens=tokens), {}
-        tell = lambda text, live=False: None if live else print(text, file=sys.stderr, flush=True)
-        q.compare(s, tell, lambda r, results=results: results.update({r.name: r}))
-        print(f"\n{folder or q.MODEL_NAME}, runs of {tokens} new tokens\n")
-        print("| weights | eager tok/s | compiled tok/s | ratio (min–max) | worst block | MBU % |")
-        print("|---|---|---|---|---|---|", *(row(r) for r in results.values()), sep="\n", flush=True)
-        if torch.cuda.is_available() and importlib.util.find_spec("torchao"):
-            print(torchao_row(s), flush=True)
+    given, _ = q.parse(argv)
+    s = replace(given, compile=True, compare=given.compare or q.PRECISIONS, quality_tokens=0)
+    if not argv:
+        s = replace(s, random_weights=True)
+    if problems := q.check(s):
+        sys.exit("\n".join(problems))
+    tell, results = lambda text, live=False: None if live else print(text, file=sys.stderr, flush=True), {}
+    q.compare(s, tell, lambda r: results.update({r.name: r}))
+    print(f"\n{s.model_name}, {s.runs} runs of {s.compare_tokens} new tokens\n")
+    print("| weights | eager tok/s | compiled tok/s | ratio (min–max) | worst block | MBU % |")
+    print("|---|---|---|---|---|---|", *(row(r) for r in results.values()), sep="\n", flush=True)
+    if torch.cuda.is_available() and importlib.util.find_spec("torchao"):
+        print(torchao_row(s), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2] or [None], *map(int, sys.argv[2:]))
+    main(sys.argv[1:])

@@ -1,7 +1,9 @@
 """What does measuring cost? The script's own timed run against a bare model.generate() of the same tokens.
 
-    python tests/bench_overhead.py MODEL_FOLDER [PAIRS]
+    python tests/bench_overhead.py --model-name FOLDER
+    python tests/bench_overhead.py --random-weights --compile --compare-tokens 128   # a GPU at its fastest
 
+The flags are the script's; a generation has COMPARE_TOKENS tokens, 32 unless told.
 Alternating pairs in one process, order swapped every time; prints the median ratio of the times (1.01: measuring costs
 1 %) and its 95 % interval from the order statistics of the pairs (a sign test's interval: no assumption on the noise).
 """
@@ -10,32 +12,38 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import qwquanto as q
 
 
-def main(folder: str, pairs: int = 24, tokens: int = 32) -> None:
+def main(argv: list[str], pairs: int = 24) -> None:
     import torch
 
-    s = replace(q.Settings(), model_name=folder)
-    devices, _ = q.choose_devices("auto")
-    handles, _ = q.nvml_handles(devices[:1])
+    s, _ = q.parse(["--compare-tokens", "32", *argv])
+    if problems := q.check(s):
+        sys.exit("\n".join(problems))
+    devices = q.choose_devices(s.device)[0][:1]
+    handles, _ = q.nvml_handles(devices)
     q.quiet_libraries(debug=False)
-    model = q.load(s, folder, q.skeleton(s, folder), devices[:1])
+    folder = q.fetch(s)
+    model = q.load(s, folder, q.skeleton(s, folder), devices)
     tokenizer, prompt = q.prompt_ids(s, folder, model)
-    rig = q.Rig(model, tokenizer, prompt, tokens, 4096, True, devices[:1], handles)
-    bare = q.options_for(s, rig) | {"attention_mask": torch.ones_like(prompt)}
-    synchronize = q.synchronizer(devices[:1])
+    rig = q.Rig(model, tokenizer, prompt, s.compare_tokens, 4096, True, devices, handles)
+    if s.compile:
+        q.compile_decode(s, rig, lambda *_, **__: None)
+    bare = q.options_for(s, rig) | {"attention_mask": torch.ones_like(prompt)} | rig.compiled
+    synchronize = q.synchronizer(devices)
 
     def measured(seed: int) -> float:
-        with q.peak_memory(devices[:1], handles), q.progress() as tell:  # as `measure` and `main` do
+        with q.peak_memory(devices, handles), q.progress() as tell:  # as `measure` and `main` do
             return q.run_once(s, rig, seed, tell, "run").latency_s
 
     def plain(seed: int) -> float:
         torch.manual_seed(seed)
+        if rig.compiled:
+            rig.compiled["past_key_values"].reset()
         synchronize()
         begin = time.perf_counter()
         model.generate(prompt, **bare)
@@ -50,16 +58,14 @@ def main(folder: str, pairs: int = 24, tokens: int = 32) -> None:
         ratios.append(times[measured] / times[plain])
         print(f"pair {i + 1}: {ratios[-1]:.4f}", file=sys.stderr, flush=True)
     ratios.sort()
-    # 95 % interval of a median: ranks n/2 -+ 1.96 sqrt(n)/2
-    off = 1.96 * math.sqrt(pairs) / 2
+    off = 1.96 * math.sqrt(pairs) / 2  # 95 % interval of a median: ranks n/2 -+ 1.96 sqrt(n)/2
     low, high = (
         ratios[max(0, math.floor(pairs / 2 - off))],
         ratios[min(pairs - 1, math.ceil(pairs / 2 + off))],
     )
-    print(
-        f"{pairs} pairs of {tokens} tokens: median ratio {statistics.median(ratios):.4f}, 95 % interval {low:.4f} to {high:.4f}"
-    )
+    told = f"median ratio {statistics.median(ratios):.4f}, 95 % interval {low:.4f} to {high:.4f}"
+    print(f"{pairs} pairs of {s.compare_tokens} tokens: {told}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1:])

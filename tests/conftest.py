@@ -133,7 +133,7 @@ def script(tmp_path):
     def run(env=None, path=SCRIPT, **flags):
         results = tmp_path / "results.json"
         results.unlink(missing_ok=True)
-        flags = {"results": results, "runs": 2, "device": "cpu", "max_seconds": 30} | flags
+        flags = {"results": results, "runs": 2, "warmup_runs": 0, "device": "cpu", "max_seconds": 30} | flags
         done = subprocess.run(
             [sys.executable, str(path), *arguments(flags)], capture_output=True, check=False, timeout=400,
             env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}), stdin=subprocess.DEVNULL,

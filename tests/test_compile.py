@@ -120,6 +120,18 @@ def test_nothing_compiled_is_a_failure_and_no_figure(monkeypatch):
         q.compile_decode(q.Settings(), rig, lambda *_, **__: None)
 
 
+def test_float8_is_read_bit_by_bit_where_the_hardware_cannot():
+    from optimum.quanto import QLinear, qfloat8
+
+    linear = QLinear.from_module(torch.nn.Linear(256, 128, dtype=torch.bfloat16), weights=qfloat8)
+    linear.freeze()
+    layer = q.plain_linear()(linear)
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    layer.data = numbers[~numbers.float().isnan()]
+    layer.emulated = True
+    assert torch.equal(layer.floats(), layer.data.float())
+
+
 def test_unknown_attention_is_refused():
     x = torch.zeros(1, 2, 1, 4)
     with pytest.raises(q.Failure, match="softcap"):

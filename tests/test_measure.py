@@ -92,6 +92,14 @@ def test_the_warm_up_keeps_max_new_tokens_and_ends_early(time):
     assert warm(0.125) == q.WARMUP_S / 0.125  # fast: a few seconds
 
 
+def test_short_warm_up_runs_are_repeated(time):
+    def runs(wanted):
+        model = FakeModel(time, [1] * 4, gap=0.25, first=0.5)  # 1.5 s each
+        return len(q.warmup_runs(replace(q.Settings(), warmup_runs=wanted), rig(model), silent, "warm-up"))
+
+    assert [runs(0), runs(1), runs(6)] == [0, 4, 6]
+
+
 def test_options_and_seeds_that_generate_gets(time):
     model = FakeModel(time, [1] * 10)
     q.run_once(q.Settings(), rig(model), 3, silent, "run")
@@ -201,9 +209,8 @@ def test_a_gpu_that_this_torch_cannot_use_is_told_loudly(monkeypatch):
 def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch):
     model = torch.nn.Linear(8, 8, bias=False, dtype=torch.float32, device="meta")  # 256 bytes
     monkeypatch.setattr(q, "expected_bytes", lambda model, precision: 256)
-    free = {"cuda:0": 200, "cuda:1": 1000}
-    monkeypatch.setattr(q, "free_memory", free.get)
-    monkeypatch.setattr(q, "total_memory", lambda device: 1000)
+    free, total = {"cuda:0": 200, "cuda:1": 1000}, [1000]
+    monkeypatch.setattr(q, "memory_of", lambda device: (free[device], *total))
     notes = []
     assert q.fit(q.Settings(), model, list(free), silent, notes) == ["cuda:1"] and not notes
     free["cuda:1"] = 200
@@ -212,7 +219,7 @@ def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch):
     assert (
         q.fit(q.Settings(), model, list(free), silent, notes) == ["cuda:0", "cuda:1"] and "only" in notes[0]
     )
-    monkeypatch.setattr(q, "total_memory", lambda device: 100)
+    total[0] = 100
     with pytest.raises(q.Failure, match="need"):
         q.fit(q.Settings(), model, list(free), silent, notes)
 
