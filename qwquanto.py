@@ -39,7 +39,9 @@ WEIGHTS: str | None = "int8"  # "float8", "int8", "int4", "int2", or None: as st
 COMPARE: tuple = ()  # precisions to compare; --compare alone: none float8 int8 int4 int2
 DEVICE: str = "auto"  # "cuda", "cuda:1", "mps", "cpu"; auto: what works, one GPU if the model fits it
 DTYPE: str = "auto"  # the checkpoint's own; "float16" for GPUs before Ampere, "bfloat16", "float32"
-COMPILE: bool = False  # compile the decode step (static cache, CUDA graphs); costs minutes at the start
+COMPILE: bool = (
+    False  # compile the decode step (static cache, CUDA graphs); costs a minute or so at the start
+)
 RANDOM_WEIGHTS: bool = False  # no download: speed and memory hold, text and quality do not
 QUESTION: str = "如何计算矩阵的行列式？请详细解释计算步骤。"  # the prompt
 CHAT: bool = False  # wrap the question in the model's chat template (Instruct models)
@@ -1082,7 +1084,7 @@ def compile_decode(s: Settings, rig: Rig, tell: Tell) -> Compiled:
     begin, tokens = time.perf_counter(), rig.prompt.shape[1]
     judged = min(s.quality_tokens, rig.room) if s.compare else 0
     longest = max(tokens + rig.new_tokens, tokens + judged, PREFILL_TOKENS)
-    tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or a few")
+    tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or so")
     options, record = compilable(rig.model, longest)
     rig.compiled.update(options)
     run_once(s, rig, s.seed, tell, "compiling", warm_up=True)
