@@ -39,9 +39,7 @@ WEIGHTS: str | None = "int8"  # "float8", "int8", "int4", "int2", or None: as st
 COMPARE: tuple = ()  # precisions to compare; --compare alone: none float8 int8 int4 int2
 DEVICE: str = "auto"  # "cuda", "cuda:1", "mps", "cpu"; auto: what works, one GPU if the model fits it
 DTYPE: str = "auto"  # the checkpoint's own; "float16" for GPUs before Ampere, "bfloat16", "float32"
-COMPILE: bool = (
-    False  # compile the decode step (static cache, CUDA graphs); costs a minute or so at the start
-)
+COMPILE: bool = False  # compile the decode step (static cache, CUDA graphs): a minute or so at the start
 RANDOM_WEIGHTS: bool = False  # no download: speed and memory hold, text and quality do not
 QUESTION: str = "如何计算矩阵的行列式？请详细解释计算步骤。"  # the prompt
 CHAT: bool = False  # wrap the question in the model's chat template (Instruct models)
