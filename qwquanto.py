@@ -248,7 +248,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What torch.compile did: seconds before the first timed run, graphs, recompilations within timed runs."""
+    """What torch.compile did: seconds to prepare, compile and record; graphs; recompilations within timed runs."""
 
     seconds: float
     graphs: int
@@ -827,7 +827,7 @@ def fit(s: Settings, empty: Any, devices: list[str], tell: Tell, notes: list[str
 # - Linear layers hold Quanto's numbers as plain tensors. A wrapped weight costs Python on every call, and
 #   quanto::qbytes_mm (library/qbytes_mm.py:24) is opaque: 5 bytes are moved for each weight of one.
 # - Attention reads the static cache in windows: all of a long cache costs half the rate on a CPU.
-# - On CUDA one graph a window is recorded and replayed: Python's part of a token is then two launches.
+# - On CUDA one graph a window is recorded and replayed: Python's part of a step is then two launches.
 
 WINDOW = 256  # tokens
 
@@ -872,7 +872,7 @@ def gemv() -> Callable:
 
 @functools.cache
 def plain_linear() -> Callable:
-    """linear layer -> the same layer computing with plain tensors; the same object where nothing is to be gained."""
+    """linear layer -> a layer that computes the same with plain tensors."""
     import torch
 
     class Plain(torch.nn.Module):
@@ -963,8 +963,8 @@ def plain_linear() -> Callable:
 def window_attention(module, query, key, value, mask, scaling=None, **more):
     """Attention over the first mask.shape[-1] places of the cache; heads of a group share their keys uncopied.
 
-    transformers' own sdpa copies keys and values for every head, and reads all of a static cache. Refuses what it does
-    not know, so that no model is computed wrongly.
+    transformers' own sdpa copies keys and values for every head, and reads all of a static cache. Refuses the variants
+    that it would get wrong.
     """
     import torch
 
@@ -975,27 +975,25 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     batch, heads, length, size = query.shape
     if length == 1:
         query = query.view(batch, key.shape[1], -1, size)
-        if query.is_cpu:  # as sums, which Inductor vectorizes
-            scores = (query[..., None, :].float() * key[:, :, None]).sum(-1) * scaling
-            weights = torch.softmax(scores.masked_fill(~mask, -math.inf), -1)
-            out = (weights[..., None] * value[:, :, None]).sum(-2).to(value.dtype)
-        else:
-            scores = (query @ key.transpose(2, 3)).float() * scaling
-            out = torch.softmax(scores.masked_fill(~mask, -math.inf), -1).to(value.dtype) @ value
+        # sums, not matmuls: Inductor fuses and vectorizes them, and in float32 Qwen2's large scores stay exact
+        scores = (query[..., None, :].float() * key[:, :, None]).sum(-1) * scaling
+        weights = torch.softmax(scores.masked_fill(~mask, -math.inf), -1)
+        out = (weights[..., None] * value[:, :, None]).sum(-2).to(value.dtype)
     else:
         key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    return out.reshape(batch, heads, length, size).transpose(1, 2).contiguous(), None
+    return out.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Prepare a model for compiled decode up to `longest` tokens, one sequence without padding; once a process.
+    """Prepare a model for compiled decode up to `longest` tokens, one sequence without padding; once a model.
 
     Returns the options that generate() then needs (its cache must be reset before every call) and a function that
     records CUDA graphs once the step has been compiled by a first run.
     """
     import torch
     from transformers import AttentionInterface, CompileConfig, StaticCache
+    from transformers.cache_utils import StaticLayer
 
     if len({str(p.device) for p in model.parameters()}) > 1:
         raise Failure("--compile needs the model on one device: it is spread over several, leave it out")
@@ -1003,12 +1001,14 @@ def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], N
         kind.forward = torch.compiler.nested_compile_region(kind.forward)  # one layer is compiled, not 36
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # where Triton launches and graphs are recorded
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            model.set_submodule(name, plain_linear()(module))
+    # names, not modules: a layer that is replaced must not stay in memory
+    for name in [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]:
+        model.set_submodule(name, plain_linear()(model.get_submodule(name)))
     sizes = range(WINDOW, longest + WINDOW, WINDOW)
     # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
     cache = StaticCache(config=model.config, max_cache_len=sizes[-1] + 16)
+    if not model._supports_attention_backend or {type(layer) for layer in cache.layers} != {StaticLayer}:
+        raise Failure("--compile does not know this model's attention: leave it out")
     AttentionInterface.register("window", window_attention)
     model.config._attn_implementation = "window"
     places = torch.arange(sizes[-1], device=model.device)
@@ -1085,12 +1085,13 @@ def compile_decode(s: Settings, rig: Rig, tell: Tell) -> Compiled:
     tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or so")
     options, record = compilable(rig.model, longest)
     rig.compiled.update(options)
-    run_once(s, rig, s.seed, tell, "compiling", warm_up=True)
+    two_or_more = replace(rig, exact=True, new_tokens=max(2, rig.new_tokens))  # a first token needs no step
+    run_once(s, two_or_more, s.seed, tell, "compiling", warm_up=True)
+    if graphs_compiled() == 0:
+        raise Failure("torch.compile compiled nothing: these figures would be eager; leave --compile out")
     if rig.model.device.type == "cuda":
         tell("recording CUDA graphs", live=True)
         record()
-    if graphs_compiled() == 0:
-        raise Failure("torch.compile compiled nothing: these figures would be eager; leave --compile out")
     return Compiled(time.perf_counter() - begin, graphs_compiled())
 
 
@@ -1405,9 +1406,9 @@ def time_runs(s: Settings, rig: Rig, stage: Stage, tell: Tell, grow: Callable[..
         for i in range(s.runs):
             runs.append(run_once(s, rig, s.seed + i, tell, f"run {i + 1} of {s.runs}"))
             result = grow(runs=runs.copy(), memory=result.memory | {"peak of runs": peak()})
+            result = grow(**utilization(result, rig))
     if compiled:
         grow(compiled=replace(compiled, recompilations=graphs_compiled() - graphs))
-    grow(**utilization(result, rig))
 
 
 # --------------------------------------------------------------------------------------------------- quality
@@ -1668,7 +1669,9 @@ def speed_table(r: Result) -> list[Any]:
         "share of it that decode uses % (MBU)": percent(r.bandwidth_utilization),
     }
     rows += [[name, value, "", ""] for name, value in single.items()]
-    title = f"Speed: {len(r.runs)} timed runs, {r.runs[0].prompt_tokens} prompt tokens"
+    title = (
+        f"Speed: {len(r.runs)} timed run{'s' * (len(r.runs) > 1)}, {r.runs[0].prompt_tokens} prompt tokens"
+    )
     if r.compiled:
         title += f"; decode compiled in {digits(r.compiled.seconds)} s: {r.compiled.graphs} graph(s), "
         title += f"{r.compiled.recompilations} recompilations"
@@ -1945,6 +1948,7 @@ def quiet_libraries(debug: bool) -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes started from here
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

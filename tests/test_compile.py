@@ -138,6 +138,27 @@ def test_unknown_attention_is_refused():
         q.window_attention(None, x, x, x, torch.ones(1, 1, 1, 8, dtype=torch.bool), softcap=30.0)
 
 
+def test_large_scores_in_float16_stay_finite():
+    """Qwen2's queries and keys make products beyond float16's range before they are scaled."""
+    torch.manual_seed(0)
+    query, key, value = (300 * torch.randn(1, heads, n, 128) for heads, n in ((4, 1), (2, 8), (2, 8)))
+    mask = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    halves = [t.half() for t in (query, key, value)]
+    assert (halves[0] @ halves[1].repeat_interleave(2, 1).transpose(2, 3)).isinf().any()
+    found, _ = q.window_attention(None, *halves, mask, scaling=128**-0.5)
+    exact = [t.double() for t in halves]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*exact, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(found.double(), wanted, rtol=1e-2)
+
+
+def test_a_model_with_attention_of_its_own_is_refused(tiny):
+    s = replace(q.Settings(), model_name=tiny, weights=None)
+    model = q.load(s, tiny, q.skeleton(s, tiny), ["cpu"])
+    model._supports_attention_backend = False
+    with pytest.raises(q.Failure, match="attention"):
+        q.compilable(model, 10)
+
+
 def test_the_mean_window_that_a_decode_step_reads():
     assert q.mean_window(16, 100) == 256
     assert q.mean_window(254, 5) == (256 + 256 + 512 + 512) / 4

@@ -161,6 +161,28 @@ def test_float8_keeps_its_biases():
     witness("float8 with bias: 1 + relative error", 1 + error.item(), 1, 0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weights", q.PRECISIONS)
+def test_a_plain_layer_is_quantos(weights, dtype, device="cuda:0"):
+    """One token through each kind of layer at Qwen2.5-3B's longest sum, and at a count of rows that divides by nothing."""
+    from optimum.quanto import QLinear, qfloat8, qint2, qint4, qint8
+
+    q.use_plain_kernels()
+    for rows in (2048, 131):
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(11008, rows, dtype=dtype, device=device)
+        if weights != "none":
+            kinds = {"float8": qfloat8, "int8": qint8, "int4": qint4, "int2": qint2}
+            linear = QLinear.from_module(linear, weights=kinds[weights])
+            linear.freeze()
+        weight = linear.weight.dequantize() if weights != "none" else linear.weight
+        x = torch.randn(1, 1, 11008, dtype=dtype, device=device)
+        with torch.no_grad():
+            wanted = x.double() @ weight.double().t() + linear.bias.double()
+            found = q.plain_linear()(linear)(x)
+        assert ((found - wanted).norm() / wanted.norm()).item() < 0.01, rows
+
+
 @pytest.mark.parametrize("weights", q.PRECISIONS)
 def test_compiled_logits_are_quantos(tiny, weights):
     """On CUDA the step has kernels of its own and is replayed from CUDA graphs."""
