@@ -997,6 +997,11 @@ def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], N
 
     if len({str(p.device) for p in model.parameters()}) > 1:
         raise Failure("--compile needs the model on one device: it is spread over several, leave it out")
+    sizes = range(WINDOW, longest + WINDOW, WINDOW)
+    # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
+    cache = StaticCache(config=model.config, max_cache_len=sizes[-1] + 16)
+    if not model._supports_attention_backend or {type(layer) for layer in cache.layers} != {StaticLayer}:
+        raise Failure("--compile does not know this model's attention: leave --compile out")
     for kind in {type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())}:
         kind.forward = torch.compiler.nested_compile_region(kind.forward)  # one layer is compiled, not 36
     if model.device.type == "cuda":
@@ -1004,11 +1009,6 @@ def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], N
     # names, not modules: a layer that is replaced must not stay in memory
     for name in [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]:
         model.set_submodule(name, plain_linear()(model.get_submodule(name)))
-    sizes = range(WINDOW, longest + WINDOW, WINDOW)
-    # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
-    cache = StaticCache(config=model.config, max_cache_len=sizes[-1] + 16)
-    if not model._supports_attention_backend or {type(layer) for layer in cache.layers} != {StaticLayer}:
-        raise Failure("--compile does not know this model's attention: leave it out")
     AttentionInterface.register("window", window_attention)
     model.config._attn_implementation = "window"
     places = torch.arange(sizes[-1], device=model.device)
@@ -1050,11 +1050,9 @@ def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], N
 
     def inputs(input_ids: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
         """The step needs the ids alone; transformers prepares the rest op by op, 0.5 ms a token (generation/utils.py:660)."""
-        return (
-            prepare(input_ids, is_first_iteration=True, **kwargs)
-            if is_first_iteration
-            else {"input_ids": input_ids}
-        )
+        if is_first_iteration:
+            return prepare(input_ids, is_first_iteration=True, **kwargs)
+        return {"input_ids": input_ids}
 
     def prompt_mask(inputs_embeds: Any, **_: Any) -> Any:
         length = inputs_embeds.shape[1]
@@ -1669,9 +1667,8 @@ def speed_table(r: Result) -> list[Any]:
         "share of it that decode uses % (MBU)": percent(r.bandwidth_utilization),
     }
     rows += [[name, value, "", ""] for name, value in single.items()]
-    title = (
-        f"Speed: {len(r.runs)} timed run{'s' * (len(r.runs) > 1)}, {r.runs[0].prompt_tokens} prompt tokens"
-    )
+    runs = "1 timed run" if len(r.runs) == 1 else f"{len(r.runs)} timed runs"
+    title = f"Speed: {runs}, {r.runs[0].prompt_tokens} prompt tokens"
     if r.compiled:
         title += f"; decode compiled in {digits(r.compiled.seconds)} s: {r.compiled.graphs} graph(s), "
         title += f"{r.compiled.recompilations} recompilations"
