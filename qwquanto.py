@@ -85,6 +85,7 @@ PREFILL_TOKENS = 512  # as llama-bench's pp512
 WARMUP_TOKENS, WARMUP_S = 16, 5
 # The author's choice, in nats of KL: below the first answers are kept, above the second they are broken.
 KEEPS, BREAKS = 0.05, 0.5
+BUSY = 20  # percent of the processor that others may use before it deserves a warning
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
 PROMISED = {  # by Quanto's documentation, against 16 bit
     "memory saved": "50-60 %", "16-bit speed": "90-95 %", "quality (KL)": "very close", "torch.compile": "+20-30 %",
@@ -346,6 +347,16 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
         if working:
             return working, notes
     raise Failure(notes[-1])
+
+
+def busy_note() -> list[str]:
+    """A note if other programs use the processor: decode beside one was a hundred times slower, and steadily so."""
+    import psutil
+
+    busy = psutil.cpu_percent(0.5)  # this process sleeps meanwhile
+    return (
+        [f"other programs use {busy:.0f} % of the processor: the speeds are too low"] if busy > BUSY else []
+    )
 
 
 def nvml_names() -> list[str]:
@@ -1335,6 +1346,7 @@ def set_up(s: Settings, stage: Stage, tell: Tell, grow: Callable[..., Result]) -
 
     stage.doing = "looking for a device"
     stage.devices, notes = choose_devices(s.device)
+    notes += busy_note()
     grow(devices=stage.devices, notes=notes)
     for note in notes:
         tell(note)

@@ -206,6 +206,12 @@ def test_a_gpu_that_this_torch_cannot_use_is_told_loudly(monkeypatch):
         q.choose_devices("cuda:1")
 
 
+def test_a_busy_processor_is_noted(monkeypatch):
+    for percent, notes in ((5.0, 0), (60.0, 1)):
+        monkeypatch.setattr("psutil.cpu_percent", lambda interval, percent=percent: percent)
+        assert len(q.busy_note()) == notes
+
+
 def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch):
     model = torch.nn.Linear(8, 8, bias=False, dtype=torch.float32, device="meta")  # 256 bytes
     monkeypatch.setattr(q, "expected_bytes", lambda model, precision: 256)
