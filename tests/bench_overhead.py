@@ -12,10 +12,30 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import qwquanto as q
+
+
+def ratios_of(measured: Callable[[int], float], plain: Callable[[int], float], pairs: int) -> list[float]:
+    """Sorted ratios of the seconds that two jobs take, from alternating pairs; each gets the pair's number as seed."""
+    measured(0), plain(0)
+    ratios = []
+    for i in range(pairs):
+        jobs = [measured, plain] if i % 2 else [plain, measured]
+        times = {job: job(i) for job in jobs}
+        ratios.append(times[measured] / times[plain])
+        print(f"pair {i + 1}: {ratios[-1]:.4f}", file=sys.stderr, flush=True)
+    return sorted(ratios)
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """95 % interval of the median of sorted values: ranks n/2 -+ 1.96 sqrt(n)/2."""
+    n = len(ratios)
+    off = 1.96 * math.sqrt(n) / 2
+    return ratios[max(0, math.floor(n / 2 - off))], ratios[min(n - 1, math.ceil(n / 2 + off))]
 
 
 def main(argv: list[str], pairs: int = 24) -> None:
@@ -50,19 +70,8 @@ def main(argv: list[str], pairs: int = 24) -> None:
         synchronize()
         return time.perf_counter() - begin
 
-    measured(0), plain(0)
-    ratios = []
-    for i in range(pairs):
-        jobs = [measured, plain] if i % 2 else [plain, measured]
-        times = {job: job(i) for job in jobs}
-        ratios.append(times[measured] / times[plain])
-        print(f"pair {i + 1}: {ratios[-1]:.4f}", file=sys.stderr, flush=True)
-    ratios.sort()
-    off = 1.96 * math.sqrt(pairs) / 2  # 95 % interval of a median: ranks n/2 -+ 1.96 sqrt(n)/2
-    low, high = (
-        ratios[max(0, math.floor(pairs / 2 - off))],
-        ratios[min(pairs - 1, math.ceil(pairs / 2 + off))],
-    )
+    ratios = ratios_of(measured, plain, pairs)
+    low, high = interval(ratios)
     told = f"median ratio {statistics.median(ratios):.4f}, 95 % interval {low:.4f} to {high:.4f}"
     print(f"{pairs} pairs of {s.compare_tokens} tokens: {told}")
 

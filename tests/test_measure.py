@@ -105,7 +105,7 @@ def test_options_and_seeds_that_generate_gets(time):
     q.run_once(q.Settings(), rig(model), 3, silent, "run")
     q.run_once(replace(q.Settings(), do_sample=False), rig(model, exact=True), 4, silent, "run")
     sampled = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.7, "pad_token_id": 7, "seed": 3}
-    greedy = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 7, "min_new_tokens": 10, "seed": 4}
+    greedy = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 7, "eos_token_id": None, "seed": 4}
     assert model.calls == [sampled, greedy]
 
 
