@@ -794,7 +794,8 @@ def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
     text = str(error)
     if isinstance(error, Failure):
         return text, False
-    if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(error, MemoryError):
+    signs = ("out of memory", "can't allocate memory", "alloc_failed")  # the last is cuBLAS's
+    if any(sign in text.lower() for sign in signs) or isinstance(error, MemoryError):
         where = f"{gib(stage.room)} GiB were free on {', '.join(stage.devices)}"
         return f"out of memory while {stage.doing}: {where}; {would_fit(stage.empty, stage.room)}", False
     for sign, lack in LACKS.items():
@@ -1570,7 +1571,9 @@ def warnings_for(r: Result) -> list[str]:
     if r.settings.compare and any(run.stop_reason == "time" for run in r.runs):
         told.append(f"{r.name}: runs ended by MAX_SECONDS, so this is less work than the others did.")
     if deviation is not None and deviation > UNSTABLE:
-        told.append(f"{r.name}: the runs' rates differ by {deviation:.0%} (s.d.): is the machine busy?")
+        told.append(
+            f"{r.name}: the runs' rates differ by {percent(deviation)} % (s.d.): is the machine busy?"
+        )
     if deviation and rates[0] - rates[-1] > 2 * deviation * statistics.fmean(rates):
         told.append(f"{r.name}: the last run is slower than the first by over 2 s.d.: heat? another program?")
     if r.compiled and r.compiled.recompilations:
@@ -1817,7 +1820,7 @@ def promises(results: list[Result]) -> dict[str, dict[str, tuple[bool, str] | No
             (saved >= 0.5, f"{percent(saved)} %") if saved is not None else None,
             (rate >= 0.9 * base, f"{percent(rate / base)} %") if rate and base else None,
             (r.quality.kl_divergence < KEEPS, digits(r.quality.kl_divergence)) if r.quality else None,
-            (rate >= 1.2 * eager, f"{rate / eager - 1:+.0%}") if rate and eager else None,
+            (rate >= 1.2 * eager, f"{100 * (rate / eager - 1):+.0f} %") if rate and eager else None,
         )
         for promise, figure in zip(PROMISED, found, strict=True):
             told[promise][r.name] = figure

@@ -42,13 +42,14 @@ def row(r: q.Result) -> str:
 
 
 def torchao(s: q.Settings, pipe: "multiprocessing.connection.Connection", device: str = "cuda:0") -> None:
-    """Decode rates of torchao's int8 weight-only model; transformers compiles it where its cache is static."""
+    """Decode rates and MBU of torchao's int8 weight-only model; transformers compiles it where its cache is static."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import StaticCache, TorchAoConfig
 
     q.quiet_libraries(debug=False)
     folder = q.fetch(s)
     empty = q.skeleton(s, folder)
+    bandwidth = q.memory_bandwidth(device)
     options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig()), "device_map": {"": device}}
     state = q.random_state(empty) if s.random_weights else None
     source = None if s.random_weights else folder
@@ -56,7 +57,8 @@ def torchao(s: q.Settings, pipe: "multiprocessing.connection.Connection", device
         source, config=empty.config, state_dict=state, dtype=empty.dtype, **options
     )
     tokenizer, prompt = q.prompt_ids(s, folder, model)
-    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + s.compare_tokens)
+    length = prompt.shape[1] + s.compare_tokens
+    cache = StaticCache(config=model.config, max_cache_len=length)
     compiled = {"past_key_values": cache}
     room = q.room_after(s, model, prompt.shape[1])
     rig = q.Rig(
@@ -66,7 +68,10 @@ def torchao(s: q.Settings, pipe: "multiprocessing.connection.Connection", device
     q.run_once(s, rig, 0, silent, "")
     q.warmup_runs(s, rig, silent, "")
     rates = [q.run_once(s, rig, i, silent, "").decode_tokens_per_s for i in range(s.runs)]
-    pipe.send((statistics.median(rates), min(rates), max(rates), q.graphs_compiled()))
+    weights, cached = q.bytes_per_token(model, q.weigh(model)["weight_bytes"])
+    read = weights + cached * length  # all of a static cache
+    share = read * statistics.median(rates) / bandwidth
+    pipe.send((statistics.median(rates), min(rates), max(rates), share, q.graphs_compiled()))
 
 
 def torchao_row(s: q.Settings) -> str:
@@ -79,9 +84,9 @@ def torchao_row(s: q.Settings) -> str:
     try:
         if not receiver.poll(600):
             return "| torchao int8 | said nothing for 600 s | | | | |"
-        middle, low, high, graphs = receiver.recv()
+        middle, low, high, share, graphs = receiver.recv()
         rate = f"{q.digits(middle)} ({q.digits(low)}–{q.digits(high)})"
-        return f"| torchao int8, {graphs} graph(s) | – | {rate} | | | |"
+        return f"| torchao int8, {graphs} graph(s) | – | {rate} | | | {q.percent(share)} |"
     except EOFError:
         return "| torchao int8 | failed: run it alone to see why | | | | |"
     finally:

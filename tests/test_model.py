@@ -216,8 +216,10 @@ def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     s = settings(model_name=folder)
     empty = q.skeleton(s, folder)
     stage = q.Stage("loading", empty, ["cpu"], room=q.expected_bytes(empty, "int4") * 1.2)
-    text, unavailable = q.explain(torch.OutOfMemoryError("CUDA out of memory. Tried"), stage)
-    assert "would fit: int4" in text and "int8" not in text and not unavailable
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), cublas):
+        text, unavailable = q.explain(error, stage)
+        assert "would fit: int4" in text and "int8" not in text and not unavailable
 
 
 def test_out_of_memory_before_the_model_is_known_is_a_line_too():
