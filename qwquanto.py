@@ -17,7 +17,7 @@ Every number, as it is named in the report and in the JSON (seconds and bytes th
     tokens/s         new tokens / latency: the plain figure that most scripts print
     prefill          512 prompt tokens / time to first token (llama-bench's pp512), a measurement of its own
     weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
-    saved            1 - weights / the same model in its checkpoint's dtype
+    saved            1 - weights / the same model unquantized, in the dtype it is loaded in
     allocated        bytes in torch's tensors; reserved: what torch's allocator holds; used: the whole device (NVML)
     RSS              physical memory of this process: mapped files and freed heap count too, so it is not the model
     MBU              memory bandwidth utilization: bytes that decode must read a second (weights + KV cache) over
@@ -59,6 +59,7 @@ RESULTS: str | None = None  # file for all numbers as JSON; "-": standard output
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -70,6 +71,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -146,7 +148,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
     parser.add_argument("--debug", action="store_true", help="show tracebacks and libraries' messages")
     flags = vars(parser.parse_args(argv))
     debug = flags.pop("debug")
-    if flags["compare"] == []:
+    if flags["compare"] == [] and flags["compare"] is not COMPARE:  # --compare alone
         flags["compare"] = PRECISIONS
     flags["compare"] = tuple(flags["compare"]) if isinstance(flags["compare"], list) else flags["compare"]
     return Settings(**flags), debug
@@ -155,8 +157,9 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
 def writable(path: str) -> bool:
     """Whether a file can be written at this path; leaves none behind."""
     try:
-        tempfile.TemporaryFile(dir=Path(path).absolute().parent).close()
-        return not Path(path).is_dir() and (not Path(path).exists() or os.access(path, os.W_OK))
+        target = Path(path).resolve()
+        tempfile.TemporaryFile(dir=target.parent).close()
+        return not target.exists() or (target.is_file() and os.access(target, os.W_OK))
     except OSError:
         return False
 
@@ -209,7 +212,7 @@ def check(s: Settings) -> list[str]:
         value = getattr(s, name.lower())
         try:
             right = holds(value)
-        except (TypeError, AttributeError):  # a constant edited to another type
+        except (TypeError, AttributeError, RuntimeError):  # a constant edited to another type, ~nobody/model
             right = False
         if not right:
             problems.append(f"{name} must be {allowed}, not {value!r}")
@@ -228,7 +231,7 @@ class Run:
     generated_tokens: int
     stop_reason: str  # eos, length or time
     latency_s: float
-    ttft_s: float | None
+    ttft_s: float
     decode_tokens_per_s: float | None
     tokens_per_s: float
     inter_token_s: list[float]
@@ -299,7 +302,7 @@ def to_json(results: list[Result]) -> str:
 
 def write_results(path: str, results: list[Result]) -> None:
     """Write all numbers atomically: a reader, or a killed process, never leaves half a file."""
-    target = Path(path).absolute()
+    target = Path(path).resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.write_text(to_json(results) + "\n", encoding="utf-8")
@@ -400,8 +403,6 @@ def device_memory_used(handle: Any) -> int:
 
 def energy_j(handles: dict[str, Any]) -> dict[str, float]:
     """Joules that each GPU has used since its driver was loaded (Volta and newer); empty where it does not count."""
-    if not handles:
-        return {}
     import pynvml
 
     try:
@@ -569,7 +570,7 @@ def fetch(s: Settings) -> str | None:
         return str(Path(s.model_name).expanduser())
     from huggingface_hub import errors, snapshot_download
 
-    weights = [] if s.random_weights else ["*.safetensors", "*.safetensors.index.json"]
+    weights = [] if s.random_weights else ["*.safetensors"]
     try:
         for patterns in (["*.json", "*.txt", "*.model", "*.jinja", "*.py", *weights], ["*.bin"]):
             folder = snapshot_download(
@@ -582,11 +583,11 @@ def fetch(s: Settings) -> str | None:
         raise Failure(f"{s.model_name} is gated: accept its terms on its page, then: hf auth login") from None
     except errors.RepositoryNotFoundError:
         raise Failure(f"the Hub knows no model {s.model_name} (or it is private: hf auth login)") from None
-    except (OSError, errors.HfHubHTTPError) as error:
+    except Exception as error:  # the Hub's client raises its own, the operating system's and httpx's
         raise Failure(
             f"cannot get {s.model_name} from the Hub, and it is not cached here ({first_line(error)}). Ways on: a mirror "
             "(set HF_ENDPOINT=https://…), a local folder (--model-name ./folder), or no download (--random-weights)"
-        ) from None
+        ) from error
 
 
 def check_checkpoint(folder: str) -> None:
@@ -607,6 +608,20 @@ def check_checkpoint(folder: str) -> None:
             raise Failure(f"{file} is missing or damaged ({first_line(error)}): download it again") from None
 
 
+def stored_dtype(folder: str) -> Any:
+    """The dtype of a checkpoint whose configuration names none, from its first file's header; None if unknown."""
+    import safetensors
+    import torch
+
+    kinds = {"F16": torch.float16, "BF16": torch.bfloat16}
+    for file in sorted(Path(folder).glob("*.safetensors"))[:1]:
+        with safetensors.safe_open(file, "pt") as opened:
+            names = opened.keys()
+            found = (kinds.get(opened.get_slice(name).get_dtype()) for name in names)
+            return next((dtype for dtype in found if dtype), None)
+    return None
+
+
 def skeleton(s: Settings, folder: str | None) -> Any:
     """The model without memory (on torch's meta device), in the dtype it will be loaded in."""
     import torch
@@ -616,7 +631,8 @@ def skeleton(s: Settings, folder: str | None) -> Any:
         config = AutoConfig.for_model(**QWEN2_5_3B)
     else:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=s.trust_remote_code)
-    dtype = (config.dtype or torch.float32) if s.dtype == "auto" else getattr(torch, s.dtype)
+    own = config.dtype or (stored_dtype(folder) if folder else None) or torch.float32
+    dtype = own if s.dtype == "auto" else getattr(torch, s.dtype)
     config.dtype = dtype
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=s.trust_remote_code)
@@ -773,18 +789,17 @@ LACKS = {  # what an error's text says -> what this machine lacks
     "Python.h": "Python's headers (apt install python3-dev)",
     "working triton": "a working Triton (pip install triton; on Windows triton-windows)",
     "No module named 'triton'": "Triton (pip install triton; on Windows triton-windows)",
-    "Ninja is required": "ninja (pip install ninja)",
 }
 
 
-def would_fit(empty: Any, room: float) -> str:
-    """The precisions whose weights fit into `room` bytes, as advice."""
+def would_fit(empty: Any, room: float, needed: float = math.inf) -> str:
+    """The precisions whose weights fit into `room` bytes and are smaller than the `needed` ones, as advice."""
     if empty is None:  # it failed before the model's size was known
         return "close other programs, or take a smaller model"
     fits = [
         f"{p} ({gib(expected_bytes(empty, p))} GiB)"
         for p in PRECISIONS
-        if expected_bytes(empty, p) * 1.1 < room
+        if expected_bytes(empty, p) * 1.1 < room and expected_bytes(empty, p) < needed
     ]
     return f"would fit: {', '.join(fits)}" if fits else "no precision fits: take a smaller model"
 
@@ -794,10 +809,18 @@ def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
     text = str(error)
     if isinstance(error, Failure):
         return text, False
-    signs = ("out of memory", "can't allocate memory", "alloc_failed")  # the last is cuBLAS's
+    signs = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "alloc_failed",
+    )  # the last is cuBLAS's
     if any(sign in text.lower() for sign in signs) or isinstance(error, MemoryError):
         where = f"{gib(stage.room)} GiB were free on {', '.join(stage.devices)}"
-        return f"out of memory while {stage.doing}: {where}; {would_fit(stage.empty, stage.room)}", False
+        return (
+            f"out of memory while {stage.doing}: {where}; {would_fit(stage.empty, stage.room, stage.needed)}",
+            False,
+        )
     for sign, lack in LACKS.items():
         if sign.lower() in text.lower():
             return f"needs {lack}, which is missing here", True
@@ -1324,6 +1347,7 @@ class Stage:
     empty: Any = None
     devices: list[str] = field(default_factory=lambda: ["cpu"])
     room: float = 0.0  # bytes that were free before loading
+    needed: float = math.inf  # bytes of the weights
 
 
 def measure(
@@ -1351,9 +1375,9 @@ def measure(
         if reference and s.quality_tokens and not s.random_weights:
             stage.doing = "measuring quality"
             grow(quality=judge(s, rig, Path(reference), tell))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (whatever it is becomes the Result's failure)
         if debug:
-            raise
+            traceback.print_exc()
         text, unavailable = explain(error, stage)
         grow(failure=text, unavailable=unavailable)
     return result
@@ -1375,6 +1399,7 @@ def set_up(s: Settings, stage: Stage, tell: Tell, grow: Callable[..., Result]) -
         check_checkpoint(folder)
     stage.doing = "reading the model's configuration"
     stage.empty = skeleton(s, folder)
+    stage.needed = expected_bytes(stage.empty, s.weights or "none")
     stage.devices = devices = fit(s, stage.empty, stage.devices, tell, notes)
     stage.room = sum(memory_of(device)[0] for device in devices)
     handles, reasons = nvml_handles(devices)
@@ -1387,6 +1412,8 @@ def set_up(s: Settings, stage: Stage, tell: Tell, grow: Callable[..., Result]) -
     grow(memory_bytes_per_s=speeds, memory={"before load": before})
     stage.doing = "loading the model"
     tell(stage.doing, live=True)
+    if s.weights:
+        use_plain_kernels()  # importing Quanto is not loading
     begin = time.perf_counter()
     with peak_memory(devices, handles) as peak:
         model = load(s, folder, stage.empty, devices)
@@ -1458,8 +1485,8 @@ def judge(s: Settings, rig: Rig, folder: Path, tell: Tell) -> Quality | None:
     kl, same = [], []
 
     def logprobs(scores: Any) -> Any:
-        # a broken model's NaN must not pass unseen
-        return torch.log_softmax(scores[0].float().nan_to_num(), -1)
+        # a broken model's NaN must not pass unseen, and its infinities must not make another
+        return torch.log_softmax(scores[0].float().nan_to_num(0, 1e4, -1e4), -1)
 
     def keep(ids: Any, scores: Any) -> Any:
         rows[ids.shape[1] - start] = logprobs(scores).cpu().numpy()
@@ -1483,7 +1510,8 @@ def judge(s: Settings, rig: Rig, folder: Path, tell: Tell) -> Quality | None:
         rows, tokens = np.load(rows_file, mmap_mode="r"), np.load(tokens_file)
     told = "the reference answer" if s.weights is None else "quality on the reference answer"
     each = lambda n, _: tell(f"{told}: {n} of {len(tokens)} tokens", live=True) if n % 8 == 0 else None
-    clock = Clock(synchronizer(rig.devices), math.inf, 0, each)
+    # a slow machine gets a shorter reference, the same for all
+    clock = Clock(synchronizer(rig.devices), math.inf if s.weights else s.max_seconds, 1, each)
     options = options_for(replace(s, do_sample=False), replace(rig, exact=False))
     options |= {"max_new_tokens": len(tokens), "repetition_penalty": 1.0}
     ids = generate(rig, rig.prompt, clock, logits_processor=[force if s.weights else keep], **options)
@@ -1564,8 +1592,15 @@ def warnings_for(r: Result) -> list[str]:
     told, rates, deviation = [], common_rates(r.runs), relative_deviation(r.runs)
     if r.settings.random_weights:
         told.append("Random weights: speed and memory hold, text and quality mean nothing.")
+    if r.settings.weights and wide(r):
+        told.append(
+            "32-bit weights: Quanto's promises are made against 16 bit (--dtype bfloat16 or float16)."
+        )
     if r.settings.weights and r.quantized_layers == 0:
         told.append(f"NOTHING WAS QUANTIZED: Quanto knows none of its layers; {r.name} is it as stored.")
+    elif r.settings.weights and r.quantizable_bytes and r.quantizable_bytes < r.unquantized_bytes / 2:
+        share = percent(r.quantizable_bytes / r.unquantized_bytes)
+        told.append(f"{r.name}: Quanto reaches only {share} % of the weights; the others stay as stored.")
     if verdict(r) == "broken":
         told.append(f"{r.name} BREAKS THIS MODEL (KL {digits(r.quality.kl_divergence)} nats): do not use it.")
     if r.settings.compare and any(run.stop_reason == "time" for run in r.runs):
@@ -1574,8 +1609,10 @@ def warnings_for(r: Result) -> list[str]:
         told.append(
             f"{r.name}: the runs' rates differ by {percent(deviation)} % (s.d.): is the machine busy?"
         )
-    if deviation and rates[0] - rates[-1] > 2 * deviation * statistics.fmean(rates):
-        told.append(f"{r.name}: the last run is slower than the first by over 2 s.d.: heat? another program?")
+    if deviation and rates[0] - rates[-1] > max(2 * deviation, UNSTABLE) * statistics.fmean(rates):
+        told.append(
+            f"{r.name}: the last run is far slower than the first (over 2 s.d.): heat? another program?"
+        )
     if r.compiled and r.compiled.recompilations:
         told.append(f"{r.name}: {r.compiled.recompilations} recompilations within timed runs count here.")
     return told + r.notes
@@ -1789,7 +1826,8 @@ def comparison_speed(results: list[Result]) -> list[Any]:
         )
         rows.append([label(r), drawn, ratio, *rest])
     columns = ("weights", "decode tok/s", "x none", "prefill tok/s", "TTFT ms", "MBU %", "J/tok")
-    return table(f"Speed: medians of {s.runs} runs of {s.compare_tokens} new tokens", columns, rows)
+    tokens = next((r.generation["max_new_tokens"] for r in results if r.generation), s.compare_tokens)
+    return table(f"Speed: medians of {s.runs} runs of {tokens} new tokens", columns, rows)
 
 
 def comparison_memory(results: list[Result]) -> list[Any]:
@@ -1808,6 +1846,11 @@ def comparison_memory(results: list[Result]) -> list[Any]:
     return table(f"Memory in GiB (peak: {peak}) and quality (same top token: 95 % interval)", columns, rows)
 
 
+def wide(r: Result) -> bool:
+    """Whether the unquantized model has 32 bits a parameter."""
+    return bool(r.parameters and r.unquantized_bytes > 3 * r.parameters)
+
+
 def promises(results: list[Result]) -> dict[str, dict[str, tuple[bool, str] | None]]:
     """Promise of Quanto's documentation -> precision -> kept, and the figure; None where it was not measured."""
     base = decode_rate(next((r.runs for r in results if r.name == "none"), []))
@@ -1816,6 +1859,8 @@ def promises(results: list[Result]) -> dict[str, dict[str, tuple[bool, str] | No
         if r.name == "none":
             continue
         rate, saved, eager = decode_rate(r.runs), saving(r), decode_rate(r.eager_runs)
+        if wide(r):  # the promises are made against 16 bit
+            saved = base = None
         found = (
             (saved >= 0.5, f"{percent(saved)} %") if saved is not None else None,
             (rate >= 0.9 * base, f"{percent(rate / base)} %") if rate and base else None,
@@ -1906,7 +1951,7 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
     runs = s.runs * (2 if s.compile else 1)
     most = minutes(len(names) * runs * s.max_seconds)
     known = "better known after the first"
-    tell(f"{len(names)} precisions of {runs} runs: at most {most} of runs, and loading; {known}")
+    tell(f"{len(names)} precisions of {runs} runs: at most {most} of runs, and loading and quality; {known}")
     tell("getting the model", live=True)
     try:
         fetch(s)  # here, where a long download is no silence
@@ -2024,6 +2069,9 @@ def main(argv: list[str] | None = None) -> int:
     if problems := check(s):
         print(*(f"qwquanto: {problem}" for problem in problems), sep="\n", file=sys.stderr)
         return 2
+    if importlib.util.find_spec("rich") is None:
+        print("qwquanto: its packages are missing: pip install -r requirements.txt", file=sys.stderr)
+        return 1
     quiet_libraries(debug)
     results: dict[str, Result] = {}
     unwritten: list[str] = []

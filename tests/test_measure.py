@@ -230,6 +230,12 @@ def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch):
         q.fit(q.Settings(), model, list(free), silent, notes)
 
 
+def test_results_go_where_a_link_points(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    q.write_results(str(tmp_path / "link.json"), [])
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").read_text().startswith("{")
+
+
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     q.write_results(str(path), [q.Result(q.Settings(), load_s=1.5)])

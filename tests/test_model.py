@@ -209,6 +209,17 @@ def test_hub_errors_are_told_in_one_line_with_the_ways_on(monkeypatch):
     assert all(way in offline for way in ("HF_ENDPOINT", "--model-name", "--random-weights"))
     assert "gated" in fails(http(errors.GatedRepoError))
     assert "no model a/b" in fails(http(errors.RepositoryNotFoundError))
+    assert "HF_ENDPOINT" in fails(Exception("Request URL is missing an 'http://' protocol"))  # httpx's own
+
+
+def test_a_configuration_without_dtype_takes_the_checkpoints(tmp_path):
+    import json
+
+    folder = make_model(tmp_path, steps=0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert q.skeleton(settings(model_name=folder), folder).dtype == torch.bfloat16
 
 
 def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
@@ -216,6 +227,7 @@ def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     s = settings(model_name=folder)
     empty = q.skeleton(s, folder)
     stage = q.Stage("loading", empty, ["cpu"], room=q.expected_bytes(empty, "int4") * 1.2)
+    stage.needed = q.expected_bytes(empty, "float8")  # what has just failed is no advice
     cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), cublas):
         text, unavailable = q.explain(error, stage)

@@ -199,12 +199,13 @@ SMALL = {"question": QUESTION, "compare_tokens": 20, "quality_tokens": 40, "runs
 def test_comparison_of_every_precision(script, tiny):
     """int8 keeps the sentence, int2 breaks it: as the quality says, and as the texts show."""
     precisions = ("int2", "int4", "int8", "float8", "none")
-    ended = no_traceback(script(model_name=tiny, compare=precisions, **SMALL))
+    tokens = 70  # the sentence is shorter: its end must not end a run
+    ended = no_traceback(script(model_name=tiny, compare=precisions, **(SMALL | {"compare_tokens": tokens})))
     assert ended.code == 0, ended.err
     told = {r["settings"]["weights"] or "none": r for r in ended.results}
     assert list(told) == ["none", "float8", "int8", "int4", "int2"]
     for r in told.values():
-        assert [run["generated_tokens"] for run in r["runs"]] == [20, 20] and r["failure"] is None
+        assert [run["generated_tokens"] for run in r["runs"]] == [tokens] * 2 and r["failure"] is None
     assert told["none"]["quality"] is None
     assert told["int8"]["quality"]["kl_divergence"] < 0.05 and told["int8"]["quality"]["same_top_token"] == 1
     assert told["int2"]["quality"]["kl_divergence"] > 0.5

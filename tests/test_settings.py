@@ -66,6 +66,16 @@ def test_every_problem_is_told_at_once(tmp_path):
     assert q.check(q.Settings()) == []
 
 
+def test_an_empty_comparison_constant_compares_nothing(monkeypatch):
+    monkeypatch.setattr(q, "COMPARE", [])
+    assert q.parse([])[0].compare == ()
+    assert q.parse(["--compare"])[0].compare == q.PRECISIONS
+
+
+def test_a_results_file_must_be_a_file():
+    assert not q.writable("/dev/null")
+
+
 @pytest.mark.parametrize(
     "edit", [{"runs": "five"}, {"compare": "int8"}, {"temperature": None}, {"device": 0}]
 )

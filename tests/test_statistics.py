@@ -75,6 +75,9 @@ def test_instability_and_drift_say_so_themselves():
         return " ".join(q.warnings_for(result(runs=[run(gaps=(g, g)) for g in gaps])))
 
     assert told(0.1, 0.1, 0.1) == ""
+    assert (
+        told(0.1, 0.1001, 0.1002, 0.1003, 0.1004, 0.1005) == ""
+    )  # five by chance are often in such an order
     assert "differ by" in told(0.1, 0.2, 0.1) and "slower than the first" not in told(0.1, 0.2, 0.1)
     assert "slower than the first" in told(0.1, 0.11, 0.12, 0.13, 0.14, 0.15)
 
@@ -135,6 +138,18 @@ def test_promises_are_judged_at_their_limits():
     assert {name: row["int4"][0] for name, row in judged.items()} == dict.fromkeys(q.PROMISED, False)
     unknown = q.promises([result("int8", None, stored=None)])
     assert {name: row["int8"] for name, row in unknown.items()} == dict.fromkeys(q.PROMISED)
+
+
+def test_promises_against_16_bit_are_not_judged_against_32():
+    r = replace(result("int8", 20.0), unquantized_bytes=4 * GIB, parameters=GIB)
+    told = q.promises([result("none", 10.0), r])
+    assert told["memory saved"]["int8"] is None and told["16-bit speed"]["int8"] is None
+    assert any("32-bit" in line for line in q.warnings_for(r))
+
+
+def test_a_model_that_quanto_hardly_reaches_says_so():
+    r = replace(result("int8"), quantizable_bytes=GIB // 4)
+    assert any("only 12.5 %" in line for line in q.warnings_for(r))
 
 
 def test_random_weights_have_no_quality_and_say_so():
