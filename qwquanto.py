@@ -904,7 +904,8 @@ def gemv() -> Callable:
         factor = tl.load(scale + row, row < rows).to(tl.float32)
         tl.store(y + row, tl.sum(total, 1) * factor, row < rows)
 
-    form = {"ROWS": 2, "BLOCK": 1024, "num_warps": 2, "EARLY": starts_early()}  # the fastest of 40 on an H100
+    # of 40 forms the fastest for int8 on an H100
+    form = {"ROWS": 2, "BLOCK": 1024, "num_warps": 2, "EARLY": starts_early()}
     form |= {"launch_pdl": True} if starts_early() else {}
 
     def run(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
