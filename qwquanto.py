@@ -809,18 +809,12 @@ def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
     text = str(error)
     if isinstance(error, Failure):
         return text, False
-    signs = (
-        "out of memory",
-        "can't allocate memory",
-        "not enough memory",
-        "alloc_failed",
-    )  # the last is cuBLAS's
+    # of CUDA and MPS, of the CPU on Linux and on Windows, of cuBLAS
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
     if any(sign in text.lower() for sign in signs) or isinstance(error, MemoryError):
         where = f"{gib(stage.room)} GiB were free on {', '.join(stage.devices)}"
-        return (
-            f"out of memory while {stage.doing}: {where}; {would_fit(stage.empty, stage.room, stage.needed)}",
-            False,
-        )
+        advice = would_fit(stage.empty, stage.room, stage.needed)
+        return f"out of memory while {stage.doing}: {where}; {advice}", False
     for sign, lack in LACKS.items():
         if sign.lower() in text.lower():
             return f"needs {lack}, which is missing here", True
@@ -1211,9 +1205,8 @@ def options_for(s: Settings, rig: Rig) -> dict[str, Any]:
     if s.do_sample:
         options["temperature"] = s.temperature
     if rig.exact:
-        options["eos_token_id"] = (
-            None  # ignored; forbidden by min_new_tokens, it costs kernels for every token
-        )
+        # ignored, not forbidden: min_new_tokens costs kernels for every token
+        options["eos_token_id"] = None
     return options
 
 
@@ -1588,6 +1581,11 @@ def utilization(r: Result, rig: Rig) -> dict[str, Any]:
     return {"bytes_per_token": step, "bandwidth_utilization": seconds * rate}
 
 
+def wide(r: Result) -> bool:
+    """Whether the unquantized model has 32 bits a parameter."""
+    return bool(r.parameters and r.unquantized_bytes > 3 * r.parameters)
+
+
 def warnings_for(r: Result) -> list[str]:
     """What a reader must know before trusting the numbers, the worst first."""
     told, rates, deviation = [], common_rates(r.runs), relative_deviation(r.runs)
@@ -1845,11 +1843,6 @@ def comparison_memory(results: list[Result]) -> list[Any]:
     peak = "RSS" if results[0].devices == ["cpu"] else "tensors"
     columns = ("weights", "stored", "saved %", "peak", "KL nats", "same top %", "answers")
     return table(f"Memory in GiB (peak: {peak}) and quality (same top token: 95 % interval)", columns, rows)
-
-
-def wide(r: Result) -> bool:
-    """Whether the unquantized model has 32 bits a parameter."""
-    return bool(r.parameters and r.unquantized_bytes > 3 * r.parameters)
 
 
 def promises(results: list[Result]) -> dict[str, dict[str, tuple[bool, str] | None]]:
