@@ -1602,6 +1602,10 @@ def warnings_for(r: Result) -> list[str]:
         told.append(f"{r.name}: Quanto reaches only {share} % of the weights; the others stay as stored.")
     if verdict(r) == "broken":
         told.append(f"{r.name} BREAKS THIS MODEL (KL {digits(r.quality.kl_divergence)} nats): do not use it.")
+    if r.quality and r.quality.positions < 32:
+        told.append(
+            f"{r.name}: quality rests on {r.quality.positions} tokens only: a short answer, or MAX_SECONDS."
+        )
     if r.settings.compare and any(run.stop_reason == "time" for run in r.runs):
         told.append(f"{r.name}: runs ended by MAX_SECONDS, so this is less work than the others did.")
     if deviation is not None and deviation > UNSTABLE:

@@ -150,6 +150,12 @@ def test_a_model_that_quanto_hardly_reaches_says_so():
     assert any("only 12.5 %" in line for line in q.warnings_for(r))
 
 
+def test_quality_on_few_tokens_says_so():
+    few = replace(result("int8", kl=0.001), quality=q.Quality(15, 0.001, 1.0, 0.8, 1.0))
+    assert any("rests on 15 tokens" in line for line in q.warnings_for(few))
+    assert not any("rests on" in line for line in q.warnings_for(result("int8", kl=0.001)))
+
+
 def test_random_weights_have_no_quality_and_say_so():
     s = replace(q.Settings(), random_weights=True)
     results = [result("none", settings=replace(s, weights=None)), result("int8", settings=s)]
