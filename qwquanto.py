@@ -10,7 +10,7 @@ memory and, in a comparison, quality.
 
 Every number, as it is named in the report and in the JSON (seconds and bytes there, None where unknown):
 
-    TTFT             time to first token: from the call of generate() until the host knows the first new token
+    TTFT             time to first token: from the call of generate() until the first new token is sampled
     decode tokens/s  (new tokens - 1) / (time of the last token - time of the first): N tokens have N-1 intervals
     inter-token      the gaps between tokens; percentiles pool all timed runs
     latency          the whole generate() call, device synchronized at both ends
@@ -485,7 +485,6 @@ def memory_of(device: str) -> tuple[int, int]:
 
 def snapshot(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
     """Bytes at this moment: "rss" of this process, and "cuda:0 allocated", "… reserved", "… used" (whole device)."""
-    import psutil
     import torch
 
     told = {}
@@ -493,11 +492,18 @@ def snapshot(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
         if device.startswith("cuda"):
             told[f"{device} allocated"] = torch.cuda.memory_allocated(device)
             told[f"{device} reserved"] = torch.cuda.memory_reserved(device)
-        elif device == "mps":
-            told[f"{device} allocated"] = torch.mps.current_allocated_memory()
-            told[f"{device} reserved"] = torch.mps.driver_allocated_memory()
-        if device in handles:
-            told[f"{device} used"] = device_memory_used(handles[device])
+    return told | without_peak(devices, handles)
+
+
+def without_peak(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
+    """The part of a `snapshot` of which nobody keeps the peak."""
+    import psutil
+    import torch
+
+    told = {f"{device} used": device_memory_used(handles[device]) for device in devices if device in handles}
+    if devices == ["mps"]:
+        told["mps allocated"] = torch.mps.current_allocated_memory()
+        told["mps reserved"] = torch.mps.driver_allocated_memory()
     return told | {"rss": psutil.Process().memory_info().rss}
 
 
@@ -515,7 +521,7 @@ def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callabl
     seen, ended = snapshot(devices, handles), threading.Event()
 
     def look() -> None:
-        for name, value in snapshot(devices, handles).items():
+        for name, value in without_peak(devices, handles).items():
             seen[name] = max(seen.get(name, 0), value)
 
     def watch() -> None:
@@ -868,6 +874,11 @@ def starts_early() -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability() >= (9, 0)
 
 
+def launch_options() -> dict[str, Any]:
+    """For a kernel that calls gdc_wait and gdc_launch_dependents where EARLY is set."""
+    return {"EARLY": True, "launch_pdl": True} if starts_early() else {"EARLY": False}
+
+
 @functools.cache
 def gemv() -> Callable:
     """y = (weight x) * scale for one token on CUDA: x [1, columns], weight [rows, columns], scale [rows, 1], y [1, rows].
@@ -899,8 +910,7 @@ def gemv() -> Callable:
         tl.store(y + row, tl.sum(total, 1) * factor, row < rows)
 
     # of 40 forms the fastest for int8 on an H100
-    form = {"ROWS": 2, "BLOCK": 1024, "num_warps": 2, "EARLY": starts_early()}
-    form |= {"launch_pdl": True} if starts_early() else {}
+    form = {"ROWS": 2, "BLOCK": 1024, "num_warps": 2} | launch_options()
 
     def run(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         y = x.new_empty(1, weight.shape[0])
@@ -911,6 +921,95 @@ def gemv() -> Callable:
     schema = "(Tensor x, Tensor weight, Tensor scale) -> Tensor"
     op = torch.library.custom_op("qwquanto::gemv", run, mutates_args=(), schema=schema)
     op.register_fake(lambda x, weight, scale: x.new_empty(1, weight.shape[0]))
+    return op
+
+
+@functools.cache
+def attend() -> Callable:
+    """Attention of one token on CUDA: query [1, heads, 1, size], cache [1, kv heads, length, size], mask [1, 1, 1, window].
+
+    Flash decoding (Dao and others 2023): each block of 64 places by itself, then all blocks together. Inductor's sums read
+    the keys for every head anew and run along the window on few processors: 3 and 15 us slower a layer at 256 and 2048
+    places on an H100.
+    """
+    import torch
+    import triton
+
+    global tl
+    import triton.language as tl
+
+    @triton.jit
+    def blocks(
+        query, key, value, mask, out, top, total, group, size, scaling, stride,
+        GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    ):  # fmt: skip
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        head, block, count = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        g, i, place = tl.arange(0, GROUP), tl.arange(0, SIZE), block * BLOCK + tl.arange(0, BLOCK)
+        seen = tl.load(mask + place)
+        cell = head.to(tl.int64) * stride + place[:, None] * size + i[None, :]
+        filled, inside = seen[:, None] & (i < size)[None, :], (g < group)[:, None] & (i < size)[None, :]
+        q = tl.load(query + (head * group + g)[:, None] * size + i[None, :], inside, 0.0)
+        k, v = tl.load(key + cell, filled, 0.0), tl.load(value + cell, filled, 0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        scores = tl.where(seen[None, :], scores, -1e30)
+        highest = tl.max(scores, 1)
+        weights = tl.where(seen[None, :], tl.exp(scores - highest[:, None]), 0.0)
+        row = (head * count + block) * group + g
+        tl.store(top + row, highest, g < group)
+        tl.store(total + row, tl.sum(weights, 1), g < group)
+        part = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        tl.store(out + row[:, None] * size + i[None, :], part, inside)
+
+    @triton.jit
+    def together(
+        part,
+        top,
+        total,
+        out,
+        count,
+        group,
+        size,
+        SIZE: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        EARLY: tl.constexpr,
+    ):
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        head, i = tl.program_id(0), tl.arange(0, SIZE)
+        highest, weight, y = -1e30, 0.0, tl.zeros((SIZE,), tl.float32)
+        for first in tl.range(0, count, BLOCKS):
+            block = first + tl.arange(0, BLOCKS)
+            row = ((head // group) * count + block) * group + head % group
+            tops = tl.load(top + row, block < count, -1e30)
+            new = tl.maximum(highest, tl.max(tops, 0))
+            old, factor = tl.exp(highest - new), tl.exp(tops - new)
+            weight = weight * old + tl.sum(factor * tl.load(total + row, block < count, 0.0), 0)
+            inside = (block < count)[:, None] & (i < size)[None, :]
+            rows = tl.load(part + row[:, None] * size + i[None, :], inside, 0.0)
+            y, highest = y * old + tl.sum(factor[:, None] * rows, 0), new
+        tl.store(out + head * size + i, y / weight, i < size)
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        (_, heads, _, size), kv = query.shape, key.shape[1]
+        count, group, wide = mask.shape[-1] // 64, heads // kv, triton.next_power_of_2(size)
+        part = query.new_empty(kv, count, group, size, dtype=torch.float32)
+        top, total = part.new_empty(kv, count, group), part.new_empty(kv, count, group)
+        form = {"GROUP": max(16, triton.next_power_of_2(group)), "SIZE": wide, "BLOCK": 64}
+        tensors = (query, key, value, mask, part, top, total)
+        blocks[(kv, count)](*tensors, group, size, scaling, key.stride(1), **form, **launch_options())
+        out = torch.empty_like(query)
+        together[(heads,)](part, top, total, out, count, group, size, wide, 16, **launch_options())
+        return out
+
+    schema = "(Tensor query, Tensor key, Tensor value, Tensor mask, float scaling) -> Tensor"
+    op = torch.library.custom_op("qwquanto::attend", run, mutates_args=(), schema=schema)
+    op.register_fake(lambda query, key, value, mask, scaling: torch.empty_like(query))
     return op
 
 
@@ -1015,8 +1114,11 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     given = {name for name, value in more.items() if value is not None}
     if unknown := given & {"softcap", "s_aux", "sliding_window", "position_bias"}:
         raise Failure(f"--compile does not know this model's attention ({', '.join(unknown)}): leave it out")
-    key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
     batch, heads, length, size = query.shape
+    if length == 1 and query.is_cuda:
+        out = torch.ops.qwquanto.attend(query.contiguous(), key, value, mask, scaling)
+        return out.view(batch, 1, heads, size), None
+    key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
     if length == 1:
         query = query.view(batch, key.shape[1], -1, size)
         # sums, not matmuls: Inductor fuses and vectorizes them, and in float32 Qwen2's large scores stay exact
@@ -1050,6 +1152,7 @@ def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], N
         kind.forward = torch.compiler.nested_compile_region(kind.forward)  # one layer is compiled, not 36
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # where Triton launches and graphs are recorded
+        attend()  # registers it: torch.compile cannot
     # names, not modules: a layer that is replaced must not stay in memory
     for name in [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]:
         model.set_submodule(name, plain_linear()(model.get_submodule(name)))
@@ -1152,28 +1255,56 @@ def mean_window(prompt_tokens: int, generated_tokens: int) -> float:
 class Clock:
     """A stopping criterion that takes the time of every token: generate() asks it after sampling, once a token.
 
-    generate() synchronizes right after its criteria anyway, so waiting for the device here costs nothing. On MPS it
-    checks for the end one step late instead (transformers generation/utils.py, DeferredStopCheck), and waiting would
-    undo that: there only the first token is stamped.
+    On CUDA it records an event: waiting for the device would keep the host from launching the rest of the step, which
+    cost a compiled token on an H100 4 %. Elsewhere it reads the host's clock. On MPS generate() checks for the end one step
+    late (transformers generation/utils.py, DeferredStopCheck), and waiting would undo that: there only the first token
+    is stamped.
     """
 
-    synchronize: Callable[[], None]
+    devices: list[str]
     limit_s: float
     least_tokens: int  # before the time limit counts
-    each_token: Callable[[int, float], None]  # tokens so far, seconds so far
-    only_first: bool = False
+    each_token: Callable[[int, float], None] = lambda tokens, seconds: None  # tokens so far, seconds so far
+    stream: Any = None
     begin: float = 0.0
-    stamps: list[float] = field(default_factory=list)
+    marks: list[Any] = field(default_factory=list)  # of the start and of each token: seconds or events
+    stamps: list[float] = field(default_factory=list)  # of each token, in seconds from the start
+    latency_s: float = 0.0
     late: bool = False
 
+    def mark(self) -> None:
+        import torch
+
+        if self.stream:
+            self.marks.append(self.stream.record_event(torch.cuda.Event(enable_timing=True)))
+            return
+        if self.devices == ["mps"] and len(self.marks) == 1:
+            torch.mps.synchronize()
+        self.marks.append(time.perf_counter())
+
+    def start(self, device: Any) -> None:
+        """Begin, with everything done; `device` is where tokens are sampled."""
+        import torch
+
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        synchronizer(self.devices)()
+        self.begin = time.perf_counter()
+        self.mark()
+
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> bool:
-        if not (self.only_first and self.stamps):
-            self.synchronize()
-        self.stamps.append(time.perf_counter())
-        seconds = self.stamps[-1] - self.begin
-        self.each_token(len(self.stamps), seconds)
-        self.late = seconds >= self.limit_s and len(self.stamps) >= self.least_tokens
+        self.mark()
+        tokens, seconds = len(self.marks) - 1, time.perf_counter() - self.begin
+        self.each_token(tokens, seconds)
+        self.late = seconds >= self.limit_s and tokens >= self.least_tokens
         return self.late
+
+    def stop(self) -> None:
+        """End, when everything is done."""
+        synchronizer(self.devices)()
+        self.latency_s = time.perf_counter() - self.begin
+        first, *tokens = self.marks
+        since = lambda mark: first.elapsed_time(mark) / 1000 if self.stream else mark - first
+        self.stamps = [since(mark) for mark in tokens]
 
 
 @dataclass(frozen=True)
@@ -1216,11 +1347,10 @@ def generate(rig: Rig, prompt: Any, clock: Clock, **options: Any) -> Any:
 
     if rig.compiled:
         rig.compiled["past_key_values"].reset()
-    clock.synchronize()
-    clock.begin = time.perf_counter()
     options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [clock]}
+    clock.start(prompt.device)
     ids = rig.model.generate(prompt, **options, **rig.compiled)
-    clock.synchronize()
+    clock.stop()
     return ids
 
 
@@ -1235,18 +1365,17 @@ def run_once(s: Settings, rig: Rig, seed: int, tell: Tell, title: str, warm_up: 
             told[0] = seconds
             tell(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", live=True)
 
-    mps = rig.devices == ["mps"]
     limits = (WARMUP_S, WARMUP_TOKENS) if warm_up else (s.max_seconds, 0)
-    clock = Clock(synchronizer(rig.devices), *limits, progress, only_first=mps)
+    clock = Clock(rig.devices, *limits, progress)
     options = options_for(s, rig)
     torch.manual_seed(seed)
     energy = energy_j(rig.handles)
     ids = generate(rig, rig.prompt, clock, **options)
-    latency = time.perf_counter() - clock.begin
+    latency, ttft = clock.latency_s, clock.stamps[0]
     spent = {d: now - energy[d] for d, now in energy_j(rig.handles).items() if d in energy}
     new = ids[0, rig.prompt.shape[1] :].tolist()
-    ttft = clock.stamps[0] - clock.begin
-    decode_s = latency - ttft if mps else clock.stamps[-1] - clock.stamps[0]
+    mps = rig.devices == ["mps"]
+    decode_s = latency - ttft if mps else clock.stamps[-1] - ttft
     ends = rig.model.generation_config.eos_token_id
     ended = not rig.exact and new[-1] in (ends if isinstance(ends, list) else [ends])
     return Run(
@@ -1279,9 +1408,9 @@ def prefill_rate(s: Settings, rig: Rig, tell: Tell) -> tuple[int, float]:
 
     def once(length: int) -> float:
         tell(f"prefill of {length} tokens", live=True)
-        clock = Clock(synchronizer(rig.devices), math.inf, 0, lambda *_: None)
+        clock = Clock(rig.devices, math.inf, 0)
         generate(rig, ids[:, :length], clock, max_new_tokens=1, do_sample=False, pad_token_id=0)
-        return clock.stamps[0] - clock.begin
+        return clock.stamps[0]
 
     small = once(min(32, tokens))
     while tokens > 64 and small / 32 * tokens > s.max_seconds:
@@ -1505,7 +1634,7 @@ def judge(s: Settings, rig: Rig, folder: Path, tell: Tell) -> Quality | None:
     told = "the reference answer" if s.weights is None else "quality on the reference answer"
     each = lambda n, _: tell(f"{told}: {n} of {len(tokens)} tokens", live=True) if n % 8 == 0 else None
     # a slow machine gets a shorter reference, the same for all
-    clock = Clock(synchronizer(rig.devices), math.inf if s.weights else s.max_seconds, 1, each)
+    clock = Clock(rig.devices, math.inf if s.weights else s.max_seconds, 1, each)
     options = options_for(replace(s, do_sample=False), replace(rig, exact=False))
     options |= {"max_new_tokens": len(tokens), "repetition_penalty": 1.0}
     ids = generate(rig, rig.prompt, clock, logits_processor=[force if s.weights else keep], **options)
@@ -2033,7 +2162,9 @@ def progress() -> Iterator[Tell]:
 
     console = Console(stderr=True, highlight=False)
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+    # half of rich's own rate: drawing takes half a millisecond from the runs each time
+    options = {"transient": True, "refresh_per_second": 5, "disable": not console.is_terminal}
+    with Progress(*columns, console=console, **options) as shown:
         task = shown.add_task("starting")
 
         def tell(text: str, live: bool = False) -> None:

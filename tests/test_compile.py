@@ -43,7 +43,7 @@ for weights, length in lengths.items():
                 scores = torch.full_like(scores, -torch.inf)
                 scores[0, forced[len(kept) - 1]] = 0
             return scores
-        clock = q.Clock(q.synchronizer([device]), 1e9, 0, lambda *_: None)
+        clock = q.Clock([device], 1e9, 0)
         options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
         q.generate(rig, prompt, clock, logits_processor=[keep], **options)
         return torch.stack(kept)[:, 1:]  # without the end token, which min_new_tokens forbids
