@@ -929,7 +929,7 @@ def attend() -> Callable:
     """Attention of one token on CUDA: query [1, heads, 1, size], cache [1, kv heads, length, size], mask [1, 1, 1, window].
 
     Flash decoding (Dao and others 2023): each block of 64 places by itself, then all blocks together. Inductor's sums read
-    the keys for every head anew and run along the window on few processors: 3 and 15 us slower a layer at 256 and 2048
+    the keys for every head anew and run along the window on few processors: 2 and 15 us slower a layer at 256 and 2048
     places on an H100.
     """
     import torch
@@ -1256,7 +1256,7 @@ class Clock:
     """A stopping criterion that takes the time of every token: generate() asks it after sampling, once a token.
 
     On CUDA it records an event: waiting for the device would keep the host from launching the rest of the step, which
-    cost a compiled token on an H100 4 %. Elsewhere it reads the host's clock. On MPS generate() checks for the end one step
+    cost a compiled token on an H100 up to 4 %. Elsewhere it reads the host's clock. On MPS generate() checks for the end one step
     late (transformers generation/utils.py, DeferredStopCheck), and waiting would undo that: there only the first token
     is stamped.
     """
