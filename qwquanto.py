@@ -965,17 +965,9 @@ def attend() -> Callable:
 
     @triton.jit
     def together(
-        part,
-        top,
-        total,
-        out,
-        count,
-        group,
-        size,
-        SIZE: tl.constexpr,
-        BLOCKS: tl.constexpr,
-        EARLY: tl.constexpr,
-    ):
+        part, top, total, out, count, group, size,
+        SIZE: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+    ):  # fmt: skip
         if EARLY:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
@@ -1115,7 +1107,7 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     if unknown := given & {"softcap", "s_aux", "sliding_window", "position_bias"}:
         raise Failure(f"--compile does not know this model's attention ({', '.join(unknown)}): leave it out")
     batch, heads, length, size = query.shape
-    if length == 1 and query.is_cuda:
+    if length == 1 and query.is_cuda and value.shape == key.shape:  # DeepSeek's values are narrower
         out = torch.ops.qwquanto.attend(query.contiguous(), key, value, mask, scaling)
         return out.view(batch, 1, heads, size), None
     key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
@@ -1255,10 +1247,10 @@ def mean_window(prompt_tokens: int, generated_tokens: int) -> float:
 class Clock:
     """A stopping criterion that takes the time of every token: generate() asks it after sampling, once a token.
 
-    On CUDA it records an event: waiting for the device would keep the host from launching the rest of the step, which
-    cost a compiled token on an H100 up to 4 %. Elsewhere it reads the host's clock. On MPS generate() checks for the end one step
-    late (transformers generation/utils.py, DeferredStopCheck), and waiting would undo that: there only the first token
-    is stamped.
+    On CUDA it records an event: waiting for the device would keep the host from launching the rest of the step (that and
+    a heavier `peak_memory` cost a compiled token on an H100 4.6 %). Elsewhere it reads the host's clock. On MPS generate()
+    checks for the end one step late (transformers generation/utils.py, DeferredStopCheck), and waiting would undo that:
+    there only the first token is stamped.
     """
 
     devices: list[str]
