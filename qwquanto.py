@@ -1742,6 +1742,20 @@ def warnings_for(r: Result) -> list[str]:
     return told + r.notes
 
 
+def bandwidth_warnings(results: list[Result]) -> list[str]:
+    """Where a device's memory was not equally fast for all precisions, so that their MBU is hard to compare.
+
+    A process may get faster or slower memory than another: on a shared virtual machine 33 to 61 GB/s, steady in each.
+    """
+    told = []
+    for device in dict.fromkeys(device for r in results for device in r.memory_bytes_per_s):
+        speeds = [r.memory_bytes_per_s[device] for r in results if device in r.memory_bytes_per_s]
+        if max(speeds) > 1.1 * min(speeds):
+            span = f"{digits(min(speeds), 1e9)} to {digits(max(speeds), 1e9)} GB/s"
+            told.append(f"Memory of {device}: {span} measured beside different precisions; MBU is rough.")
+    return told
+
+
 # ---------------------------------------------------------------------------------------------------- report
 # Pure: Results in; lines of rich markup and tables out.
 
@@ -1922,7 +1936,7 @@ def comparison_report(results: list[Result]) -> list[Any]:
         if r.failure:
             what = "unavailable" if r.unavailable else "FAILED"
             parts.append(f"[bold red]{r.name} {what}: {literal(r.failure)}[/]")
-    warned = dict.fromkeys(text for r in results for text in warnings_for(r))
+    warned = dict.fromkeys([text for r in results for text in warnings_for(r)] + bandwidth_warnings(results))
     parts += [f"[bold yellow]! {literal(text)}[/]" for text in warned]
     parts += ["", *comparison_speed(results), *comparison_memory(results), *promises_table(results)]
     return [*parts, *promise_reasons(results), *verdict_lines(results)]

@@ -156,6 +156,17 @@ def test_quality_on_few_tokens_says_so():
     assert not any("rests on" in line for line in q.warnings_for(result("int8", kl=0.001)))
 
 
+def test_memory_that_is_not_equally_fast_for_all_says_so():
+    def told(*speeds):
+        results = [replace(result("int8"), memory_bytes_per_s={"cpu": speed}) for speed in speeds]
+        return q.bandwidth_warnings(results)
+
+    assert told(34e9, 61e9, 35e9) == [
+        "Memory of cpu: 34.0 to 61.0 GB/s measured beside different precisions; MBU is rough."
+    ]
+    assert told(34e9, 36e9) == [] and q.bandwidth_warnings([result("int8", memory_bytes_per_s={})]) == []
+
+
 def test_random_weights_have_no_quality_and_say_so():
     s = replace(q.Settings(), random_weights=True)
     results = [result("none", settings=replace(s, weights=None)), result("int8", settings=s)]
