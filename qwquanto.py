@@ -1572,7 +1572,8 @@ def time_runs(s: Settings, rig: Rig, stage: Stage, tell: Tell, grow: Callable[..
     result, graphs, runs = grow(warmup=warm), compiled and graphs_compiled(), []
     rate = decode_rate(warm)
     each = min(s.max_seconds, rig.new_tokens / rate) if rate else s.max_seconds
-    tell(f"{s.runs} runs of at most {rig.new_tokens} tokens: up to {minutes(s.runs * each)}, then prefill")
+    longest = minutes(s.runs * each)
+    tell(f"{counted(s.runs, 'run')} of at most {rig.new_tokens} tokens: up to {longest}, then prefill")
     with peak_memory(rig.devices, rig.handles) as peak:
         for i in range(s.runs):
             runs.append(run_once(s, rig, s.seed + i, tell, f"run {i + 1} of {s.runs}"))
@@ -1768,6 +1769,11 @@ def digits(value: float | None, scale: float = 1) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".") if value else "0"
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 run", "5 runs"."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def gib(value: float | None) -> str:
     return digits(value, 2**30)
 
@@ -1874,11 +1880,10 @@ def speed_table(r: Result) -> list[Any]:
         "share of it that decode uses % (MBU)": percent(r.bandwidth_utilization),
     }
     rows += [[name, value, "", ""] for name, value in single.items()]
-    runs = "1 timed run" if len(r.runs) == 1 else f"{len(r.runs)} timed runs"
-    title = f"Speed: {runs}, {r.runs[0].prompt_tokens} prompt tokens"
+    title = f"Speed: {counted(len(r.runs), 'timed run')}, {r.runs[0].prompt_tokens} prompt tokens"
     if r.compiled:
-        title += f"; decode compiled in {digits(r.compiled.seconds)} s: {r.compiled.graphs} graph(s), "
-        title += f"{r.compiled.recompilations} recompilations"
+        title += f"; decode compiled in {digits(r.compiled.seconds)} s: {counted(r.compiled.graphs, 'graph')}"
+        title += f", {counted(r.compiled.recompilations, 'recompilation')}"
     return table(title, ("", "median", "min", "max"), rows)
 
 
@@ -1965,7 +1970,7 @@ def comparison_speed(results: list[Result]) -> list[Any]:
         rows.append([label(r), drawn, ratio, *rest])
     columns = ("weights", "decode tok/s", "x none", "prefill tok/s", "TTFT ms", "MBU %", "J/tok")
     tokens = next((r.generation["max_new_tokens"] for r in results if r.generation), s.compare_tokens)
-    return table(f"Speed: medians of {s.runs} runs of {tokens} new tokens", columns, rows)
+    return table(f"Speed: medians of {counted(s.runs, 'run')} of {tokens} new tokens", columns, rows)
 
 
 def comparison_memory(results: list[Result]) -> list[Any]:
@@ -2083,8 +2088,8 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
     began = time.monotonic()
     runs = s.runs * (2 if s.compile else 1)
     most = minutes(len(names) * runs * s.max_seconds)
-    known = "better known after the first"
-    tell(f"{len(names)} precisions of {runs} runs: at most {most} of runs, and loading and quality; {known}")
+    most += " of runs, and loading and quality; better known after the first"
+    tell(f"{', '.join(names)}: {counted(runs, 'run')} each, at most {most}")
     tell("getting the model", live=True)
     try:
         fetch(s)  # here, where a long download is no silence

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import qwquanto as q
 
 BLOCK = 64
+PATIENCE = 1800  # s for torchao to load, compile and run
 
 
 def block_rates(runs: list[q.Run]) -> list[float]:
@@ -43,14 +44,22 @@ def row(r: q.Result) -> str:
 
 def torchao(s: q.Settings, pipe: "multiprocessing.connection.Connection", device: str = "cuda:0") -> None:
     """Decode rates and MBU of torchao's int8 weight-only model; transformers compiles it where its cache is static."""
+    import torch
     from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import StaticCache, TorchAoConfig
+    from transformers import StaticCache, TorchAoConfig, logging
+
+    # Inductor makes a sum of a matrix-vector product, and fuses it with reading int8, only where it may tune it
+    # (torch 2.11: _inductor/decomposition.py:372). torchao would have every combination tried, which had not ended after
+    # seven minutes for Qwen2.5-3B on an H100; this is gpt-fast's setting.
+    torch._inductor.config.coordinate_descent_tuning = True
 
     q.quiet_libraries(debug=False)
+    logging.disable_progress_bar()
     folder = q.fetch(s)
     empty = q.skeleton(s, folder)
     bandwidth = q.memory_bandwidth(device)
-    options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig()), "device_map": {"": device}}
+    quantized = TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    options = {"quantization_config": quantized, "device_map": {"": device}}
     state = q.random_state(empty) if s.random_weights else None
     source = None if s.random_weights else folder
     model = type(empty).from_pretrained(
@@ -82,11 +91,11 @@ def torchao_row(s: q.Settings) -> str:
     child.start()
     sender.close()
     try:
-        if not receiver.poll(600):
-            return "| torchao int8 | said nothing for 600 s | | | | |"
+        if not receiver.poll(PATIENCE):
+            return f"| torchao int8 | said nothing for {PATIENCE} s | | | | |"
         middle, low, high, share, graphs = receiver.recv()
         rate = f"{q.digits(middle)} ({q.digits(low)}–{q.digits(high)})"
-        return f"| torchao int8, {graphs} graph(s) | – | {rate} | | | {q.percent(share)} |"
+        return f"| torchao int8, {q.counted(graphs, 'graph')} | – | {rate} | | | {q.percent(share)} |"
     except EOFError:
         return "| torchao int8 | failed: run it alone to see why | | | | |"
     finally:
@@ -106,10 +115,11 @@ def main(argv: list[str]) -> None:
         sys.exit("\n".join(problems))
     tell, results = lambda text, live=False: None if live else print(text, file=sys.stderr, flush=True), {}
     q.compare(s, tell, lambda r: results.update({r.name: r}))
-    print(f"\n{s.model_name}, {s.runs} runs of {s.compare_tokens} new tokens\n")
+    print(f"\n{s.model_name}, {q.counted(s.runs, 'run')} of {s.compare_tokens} new tokens\n")
     print("| weights | eager tok/s | compiled tok/s | ratio (min–max) | worst block | MBU % |")
     print("|---|---|---|---|---|---|", *(row(r) for r in results.values()), sep="\n", flush=True)
     if torch.cuda.is_available() and importlib.util.find_spec("torchao"):
+        tell("torchao int8: loading and compiling: this takes some minutes")
         print(torchao_row(s), flush=True)
 
 

@@ -94,7 +94,7 @@ def test_a_compiled_run_says_what_was_compiled(script, tiny):
     assert ended.code == 0, ended.err
     told = ended.results[0]
     assert told["compiled"]["graphs"] == 1 and told["compiled"]["recompilations"] == 0
-    assert told["runs"][0]["text"] == ANSWER and "1 graph(s), 0 recompilations" in ended.out
+    assert told["runs"][0]["text"] == ANSWER and "1 graph, 0 recompilations" in ended.out
 
 
 def test_a_compiled_comparison_has_its_eager_pair(script, tiny):
