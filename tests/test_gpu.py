@@ -230,7 +230,7 @@ def test_the_handle_under_cuda_visible_devices():
 
 
 def test_without_nvml(tmp_path):
-    """NVML's library cannot be loaded: a note, a dash for what only NVML knows, and everything else."""
+    """NVML's library cannot be loaded: a note, no line of what only NVML knows, and all the rest."""
     (tmp_path / "libnvidia-ml.so.1").touch()
     done = run_script({"LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"})
     told = done.stdout + done.stderr
