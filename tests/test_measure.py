@@ -206,6 +206,25 @@ def test_a_gpu_that_this_torch_cannot_use_is_told_loudly(monkeypatch):
         q.choose_devices("cuda:1")
 
 
+def test_gpus_are_tried_until_one_works(monkeypatch):
+    """The others are left alone: trying one takes hundreds of MB of it."""
+    tried, ones = [], torch.ones
+
+    def first_is_broken(size, device):
+        tried.append(device)
+        if device == "cuda:0":
+            raise RuntimeError("no kernel image is available")
+        return ones(size)
+
+    monkeypatch.setattr(q, "nvml_names", list)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch, "ones", first_is_broken)
+    devices, notes = q.choose_devices("auto")
+    assert devices == ["cuda:1", "cuda:2"] and tried == ["cuda:0", "cuda:1"]
+    assert notes == ["cuda:0 does not work: no kernel image is available"]
+
+
 def test_a_busy_processor_is_noted(monkeypatch):
     for percent, notes in ((5.0, 0), (60.0, 1)):
         monkeypatch.setattr("psutil.cpu_percent", lambda interval, percent=percent: percent)
