@@ -1120,23 +1120,11 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     return out.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
-def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Prepare a model for compiled decode up to `longest` tokens, one sequence without padding; once a model.
-
-    Returns the options that generate() then needs (its cache must be reset before every call) and a function that
-    records CUDA graphs once the step has been compiled by a first run.
-    """
+def replace_parts(model: Any) -> None:
+    """Give a model the linear layers and the attention above, and have its decoder layers compiled as one."""
     import torch
-    from transformers import AttentionInterface, CompileConfig, StaticCache
-    from transformers.cache_utils import StaticLayer
+    from transformers import AttentionInterface
 
-    if len({str(p.device) for p in model.parameters()}) > 1:
-        raise Failure("--compile needs the model on one device: it is spread over several, leave it out")
-    sizes = range(WINDOW, longest + WINDOW, WINDOW)
-    # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
-    cache = StaticCache(config=model.config, max_cache_len=sizes[-1] + 16)
-    if not model._supports_attention_backend or {type(layer) for layer in cache.layers} != {StaticLayer}:
-        raise Failure("--compile does not know this model's attention: leave --compile out")
     for kind in {type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())}:
         kind.forward = torch.compiler.nested_compile_region(kind.forward)  # one layer is compiled, not 36
     if model.device.type == "cuda":
@@ -1147,6 +1135,26 @@ def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], N
         model.set_submodule(name, plain_linear()(model.get_submodule(name)))
     AttentionInterface.register("window", window_attention)
     model.config._attn_implementation = "window"
+
+
+def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Prepare a model for compiled decode up to `longest` tokens, one sequence without padding; once a model.
+
+    Returns the options that generate() then needs (its cache must be reset before every call) and a function that
+    records CUDA graphs once the step has been compiled by a first run.
+    """
+    import torch
+    from transformers import CompileConfig, StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    if len({str(p.device) for p in model.parameters()}) > 1:
+        raise Failure("--compile needs the model on one device: it is spread over several, leave it out")
+    sizes = range(WINDOW, longest + WINDOW, WINDOW)
+    # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
+    cache = StaticCache(config=model.config, max_cache_len=sizes[-1] + 16)
+    if not model._supports_attention_backend or {type(layer) for layer in cache.layers} != {StaticLayer}:
+        raise Failure("--compile does not know this model's attention: leave --compile out")
+    replace_parts(model)
     places = torch.arange(sizes[-1], device=model.device)
     windows = {size: places[:size].clone() for size in sizes}
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
