@@ -1837,8 +1837,8 @@ def bar(value: float | None, largest: float, style: str, width: int) -> str:
     return f"[{style}]{'█' * cells}[/]{' ' * (width - cells)} {digits(value):>5}"
 
 
-def heading(r: Result) -> list[str]:
-    """Model, form, hardware and versions."""
+def heading(r: Result, alerts: list[str]) -> list[str]:
+    """Model, form, hardware and versions; then what must not be overlooked."""
     s, e = r.settings, r.environment
     form = "comparison" if s.compare else r.name
     size = f", {digits(r.parameters, 1e9)} B parameters" if r.parameters else ""
@@ -1848,15 +1848,15 @@ def heading(r: Result) -> list[str]:
     ]
     compiled = ", compiled" if s.compile else ""
     title = f"[bold]# {literal(s.model_name)}: {form}{compiled}[/]{size}, on {', '.join(r.devices)}"
-    return [title, "; ".join(hardware), ", ".join(versions), ""]
+    return [title, "; ".join(hardware), ", ".join(versions), *([""] if alerts else []), *alerts, ""]
 
 
 def single_report(r: Result) -> list[Any]:
     """The report of one configuration."""
-    parts = heading(r)
-    parts += [f"[bold red]FAILED: {literal(r.failure)}[/]"] if r.failure else []
-    parts += [f"[bold yellow]! {literal(text)}[/]" for text in warnings_for(r)]
-    parts += ["", *speed_table(r), *runs_table(r)] if r.runs else []
+    alerts = [f"[bold red]FAILED: {literal(r.failure)}[/]"] if r.failure else []
+    alerts += [f"[bold yellow]! {literal(text)}[/]" for text in warnings_for(r)]
+    parts = heading(r, alerts)
+    parts += [*speed_table(r), *runs_table(r)] if r.runs else []
     parts += memory_table(r) if r.memory else []
     parts += weight_lines(r)
     if r.runs and r.runs[0].text:
@@ -1941,14 +1941,15 @@ def verdict(r: Result) -> str:
 
 def comparison_report(results: list[Result]) -> list[Any]:
     """Tables, promises and verdict of several precisions of one model."""
-    parts = heading(next((r for r in results if r.environment), results[0]))
+    alerts = []
     for r in results:
         if r.failure:
             what = "unavailable" if r.unavailable else "FAILED"
-            parts.append(f"[bold red]{r.name} {what}: {literal(r.failure)}[/]")
+            alerts.append(f"[bold red]{r.name} {what}: {literal(r.failure)}[/]")
     warned = dict.fromkeys([text for r in results for text in warnings_for(r)] + bandwidth_warnings(results))
-    parts += [f"[bold yellow]! {literal(text)}[/]" for text in warned]
-    parts += ["", *comparison_speed(results), *comparison_memory(results), *promises_table(results)]
+    alerts += [f"[bold yellow]! {literal(text)}[/]" for text in warned]
+    parts = heading(next((r for r in results if r.environment), results[0]), alerts)
+    parts += [*comparison_speed(results), *comparison_memory(results), *promises_table(results)]
     return [*parts, *promise_reasons(results), *verdict_lines(results)]
 
 

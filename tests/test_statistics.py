@@ -196,7 +196,6 @@ EXPECTED_SINGLE = """
 Some CPU; 8 GiB
 torch 2.13.0
 
-
 ### Speed: 2 timed runs, 7 prompt tokens
 
 |                                      | median |  min |  max |
