@@ -953,7 +953,7 @@ def attend() -> Callable:
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
         scores = tl.where(seen[None, :], scores, -1e30)
         highest = tl.max(scores, 1)
-        weights = tl.where(seen[None, :], tl.exp(scores - highest[:, None]), 0.0)
+        weights = tl.exp(scores - highest[:, None])  # 0 if unseen; `together` drops all-unseen blocks
         row = (head * count + block) * group + g
         tl.store(top + row, highest, g < group)
         tl.store(total + row, tl.sum(weights, 1), g < group)
