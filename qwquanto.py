@@ -8,7 +8,7 @@ memory and, in a comparison, quality.
     python qwquanto.py --random-weights   # the same modules, bytes and speed, and nothing to download
     python qwquanto.py --compare          # none, float8, int8, int4 and int2 beside each other
 
-Every number, as it is named in the report and in the JSON (seconds and bytes there, None where unknown):
+Every number, as the report names it (the JSON has them in seconds and bytes, null where unknown):
 
     TTFT             time to first token: from the call of generate() until the first new token is sampled
     decode tokens/s  (new tokens - 1) / (time of the last token - time of the first): N tokens have N-1 intervals
@@ -795,15 +795,17 @@ LACKS = {  # what an error's text says -> what this machine lacks
 }
 
 
-def would_fit(empty: Any, room: float, needed: float = math.inf) -> str:
-    """The precisions whose weights fit into `room` bytes and are smaller than the `needed` ones, as advice."""
+def would_fit(empty: Any, free: float, needed: float = math.inf) -> str:
+    """The precisions whose weights fit into `free` bytes and are smaller than the `needed` ones, as advice."""
     if empty is None:  # it failed before the model's size was known
         return "close other programs, or take a smaller model"
     fits = [
         f"{p} ({gib(expected_bytes(empty, p))} GiB)"
         for p in PRECISIONS
-        if expected_bytes(empty, p) * 1.1 < room and expected_bytes(empty, p) < needed
+        if expected_bytes(empty, p) * 1.1 < free and expected_bytes(empty, p) < needed
     ]
+    if not fits and needed * 1.1 < free:
+        return f"the weights alone ({gib(needed)} GiB) would fit: ask for fewer tokens"
     return f"would fit: {', '.join(fits)}" if fits else "no precision fits: take a smaller model"
 
 
@@ -812,11 +814,13 @@ def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
     text = str(error)
     if isinstance(error, Failure):
         return text, False
+    if "trust_remote_code" in text:
+        return "the model runs code of its repository: read it, then add --trust-remote-code", False
     # of CUDA and MPS, of the CPU on Linux and on Windows, of cuBLAS
     signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
     if any(sign in text.lower() for sign in signs) or isinstance(error, MemoryError):
-        where = f"{gib(stage.room)} GiB were free on {', '.join(stage.devices)}"
-        advice = would_fit(stage.empty, stage.room, stage.needed)
+        where = f"{gib(stage.free)} GiB were free on {', '.join(stage.devices)}"
+        advice = would_fit(stage.empty, stage.free, stage.needed)
         return f"out of memory while {stage.doing}: {where}; {advice}", False
     for sign, lack in LACKS.items():
         if sign.lower() in text.lower():
@@ -1228,7 +1232,7 @@ def compile_decode(s: Settings, rig: Rig, tell: Tell) -> Compiled:
     longest = max(tokens + rig.new_tokens, tokens + judged, PREFILL_TOKENS)
     tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or so")
     options, record = compilable(rig.model, longest)
-    rig.compiled.update(options)
+    rig.compile_options.update(options)
     two_or_more = replace(rig, exact=True, new_tokens=max(2, rig.new_tokens))  # a first token needs no step
     run_once(s, two_or_more, s.seed, tell, "compiling", warm_up=True)
     if graphs_compiled() == 0:
@@ -1267,7 +1271,6 @@ class Clock:
     marks: list[Any] = field(default_factory=list)  # of the start and of each token: seconds or events
     stamps: list[float] = field(default_factory=list)  # of each token, in seconds from the start
     latency_s: float = 0.0
-    late: bool = False
 
     def mark(self) -> None:
         import torch
@@ -1292,8 +1295,7 @@ class Clock:
         self.mark()
         tokens, seconds = len(self.marks) - 1, time.perf_counter() - self.begin
         self.each_token(tokens, seconds)
-        self.late = seconds >= self.limit_s and tokens >= self.least_tokens
-        return self.late
+        return seconds >= self.limit_s and tokens >= self.least_tokens
 
     def stop(self) -> None:
         """End, when everything is done."""
@@ -1317,19 +1319,15 @@ class Rig:
     devices: list[str]
     handles: dict[str, Any]
     reads: tuple[int, int] | None = None  # see `bytes_per_token`
-    compiled: dict[str, Any] = field(default_factory=dict)  # options of `compilable`
+    compile_options: dict[str, Any] = field(
+        default_factory=dict
+    )  # filled by `compile_decode`, shared by copies
 
 
 def options_for(s: Settings, rig: Rig) -> dict[str, Any]:
     """generate()'s options. max_new_tokens, since Qwen2.5's generation_config.json makes it ignore max_length."""
-    config = rig.model.generation_config
-    pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
-    pad = pad[0] if isinstance(pad, list) else pad
-    options = {
-        "max_new_tokens": rig.new_tokens,
-        "do_sample": s.do_sample,
-        "pad_token_id": 0 if pad is None else pad,
-    }
+    # one sequence is never padded; None would be warned of
+    options = {"max_new_tokens": rig.new_tokens, "do_sample": s.do_sample, "pad_token_id": 0}
     if s.do_sample:
         options["temperature"] = s.temperature
     if rig.exact:
@@ -1342,11 +1340,11 @@ def generate(rig: Rig, prompt: Any, clock: Clock, **options: Any) -> Any:
     """The token ids, shape [1, prompt + new], of one timed call of model.generate()."""
     import torch
 
-    if rig.compiled:
-        rig.compiled["past_key_values"].reset()
+    if rig.compile_options:
+        rig.compile_options["past_key_values"].reset()
     options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [clock]}
     clock.start(prompt.device)
-    ids = rig.model.generate(prompt, **options, **rig.compiled)
+    ids = rig.model.generate(prompt, **options, **rig.compile_options)
     clock.stop()
     return ids
 
@@ -1379,7 +1377,7 @@ def run_once(s: Settings, rig: Rig, seed: int, tell: Tell, title: str, warm_up: 
         seed=seed,
         prompt_tokens=rig.prompt.shape[1],
         generated_tokens=len(new),
-        stop_reason="eos" if ended else "time" if clock.late else "length",
+        stop_reason="eos" if ended else "length" if len(new) == rig.new_tokens else "time",
         latency_s=latency,
         ttft_s=ttft,
         decode_tokens_per_s=(len(new) - 1) / decode_s if len(new) > 1 else None,
@@ -1395,7 +1393,7 @@ def prefill_rate(s: Settings, rig: Rig, tell: Tell) -> tuple[int, float]:
     """Prompt tokens and tokens a second of prefill: random ids, median of three after one that is not counted.
 
     On a slow machine the first is as good as any other and is the only one; where even that would take more than
-    MAX_SECONDS, judged by the question's own prefill, the prompt is shorter.
+    MAX_SECONDS, judged by the prefill of 32 tokens, the prompt is shorter.
     """
     import torch
 
@@ -1466,7 +1464,7 @@ class Stage:
     doing: str = "starting"
     empty: Any = None
     devices: list[str] = field(default_factory=lambda: ["cpu"])
-    room: float = 0.0  # bytes that were free before loading
+    free: float = 0.0  # bytes before loading
     needed: float = math.inf  # bytes of the weights
 
 
@@ -1521,7 +1519,7 @@ def set_up(s: Settings, stage: Stage, tell: Tell, grow: Callable[..., Result]) -
     stage.empty = skeleton(s, folder)
     stage.needed = expected_bytes(stage.empty, s.weights or "none")
     stage.devices = devices = fit(s, stage.empty, stage.devices, tell, notes)
-    stage.room = sum(memory_of(device)[0] for device in devices)
+    stage.free = sum(memory_of(device)[0] for device in devices)
     handles, reasons = nvml_handles(devices)
     grow(environment=environment(devices, handles), devices=devices, notes=notes + reasons)
     stage.doing = "measuring the memory's bandwidth"
@@ -1693,7 +1691,9 @@ def utilization(r: Result, rig: Rig) -> dict[str, Any]:
     Over several GPUs, which work one after the other, the time that memory needs is the sum of each one's.
     """
     cached = rig.prompt.shape[1] + statistics.fmean(run.generated_tokens for run in r.runs) / 2
-    if rig.compiled:
+    if (
+        rig.compile_options and rig.prompt.device.type != "cuda"
+    ):  # whose kernel reads no place that is still empty
         cached = mean_window(rig.prompt.shape[1], max(run.generated_tokens for run in r.runs))
     if rig.reads is None:
         return {}
@@ -1715,7 +1715,7 @@ def wide(r: Result) -> bool:
 
 def warnings_for(r: Result) -> list[str]:
     """What a reader must know before trusting the numbers, the worst first."""
-    told, rates, deviation = [], common_rates(r.runs), relative_deviation(r.runs)
+    told = []
     if r.settings.random_weights:
         told.append("Random weights: speed and memory hold, text and quality mean nothing.")
     if r.settings.weights and wide(r):
@@ -1733,27 +1733,37 @@ def warnings_for(r: Result) -> list[str]:
         told.append(
             f"{r.name}: quality rests on {r.quality.positions} tokens only: a short answer, or MAX_SECONDS."
         )
-    if r.settings.compare and any(run.stop_reason == "time" for run in r.runs):
-        told.append(f"{r.name}: runs ended by MAX_SECONDS, so this is less work than the others did.")
-    if deviation is not None and deviation > UNSTABLE:
-        told.append(
-            f"{r.name}: the runs' rates differ by {percent(deviation)} % (s.d.): is the machine busy?"
-        )
-    if deviation and rates[0] - rates[-1] > max(2 * deviation, UNSTABLE) * statistics.fmean(rates):
-        told.append(
-            f"{r.name}: the last run is far slower than the first (over 2 s.d.): heat? another program?"
-        )
+    for kind, runs in (("eager ", r.eager_runs), ("", r.runs)):
+        rates, deviation = common_rates(runs), relative_deviation(runs)
+        if r.settings.compare and any(run.stop_reason == "time" for run in runs):
+            told.append(
+                f"{r.name}: {kind}runs ended by MAX_SECONDS, so this is less work than the others did."
+            )
+        if deviation is not None and deviation > UNSTABLE:
+            told.append(
+                f"{r.name}: the {kind}runs' rates differ by {percent(deviation)} % (s.d.): is the machine busy?"
+            )
+        # never of three runs, whose extremes are at most 2 s.d. apart
+        if deviation and rates[0] - rates[-1] > max(2 * deviation, UNSTABLE) * statistics.fmean(rates):
+            told.append(
+                f"{r.name}: the last {kind}run is far slower than the first (over 2 s.d.): heat? another program?"
+            )
     if r.compiled and r.compiled.recompilations:
         told.append(f"{r.name}: {r.compiled.recompilations} recompilations within timed runs count here.")
     return told + r.notes
 
 
-def bandwidth_warnings(results: list[Result]) -> list[str]:
-    """Where a device's memory was not equally fast for all precisions, so that their MBU is hard to compare.
+def unlike(results: list[Result]) -> list[str]:
+    """Where the precisions were not measured alike, so that their figures are hard to compare.
 
     A process may get faster or slower memory than another: on a shared virtual machine 33 to 61 GB/s, steady in each.
     """
-    told = []
+    told, lengths = [], {r.name: r.prefill_tokens for r in results if r.prefill_tokens}
+    if len(set(lengths.values())) > 1:
+        each = ", ".join(f"{name} {tokens}" for name, tokens in lengths.items())
+        told.append(
+            f"Prefill was measured on prompts of different length ({each} tokens): do not compare it."
+        )
     for device in dict.fromkeys(device for r in results for device in r.memory_bytes_per_s):
         speeds = [r.memory_bytes_per_s[device] for r in results if device in r.memory_bytes_per_s]
         if max(speeds) > 1.1 * min(speeds):
@@ -1946,7 +1956,9 @@ def comparison_report(results: list[Result]) -> list[Any]:
         if r.failure:
             what = "unavailable" if r.unavailable else "FAILED"
             alerts.append(f"[bold red]{r.name} {what}: {literal(r.failure)}[/]")
-    warned = dict.fromkeys([text for r in results for text in warnings_for(r)] + bandwidth_warnings(results))
+    common = set.intersection(*(set(r.notes) for r in results))
+    named = lambda r, text: f"{r.name}: {text}" if text in r.notes and text not in common else text
+    warned = dict.fromkeys([named(r, text) for r in results for text in warnings_for(r)] + unlike(results))
     alerts += [f"[bold yellow]! {literal(text)}[/]" for text in warned]
     parts = heading(next((r for r in results if r.environment), results[0]), alerts)
     parts += [*comparison_speed(results), *comparison_memory(results), *promises_table(results)]
@@ -2091,7 +2103,6 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
     """
     context = multiprocessing.get_context("spawn")
     names = sorted((p or "none" for p in s.compare), key=PRECISIONS.index)
-    began = time.monotonic()
     runs = s.runs * (2 if s.compile else 1)
     most = minutes(len(names) * runs * s.max_seconds)
     most += " of runs, and loading and quality; better known after the first"
@@ -2099,9 +2110,13 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
     tell("getting the model", live=True)
     try:
         fetch(s)  # here, where a long download is no silence
-    except Failure as error:
-        save(replace(Result(of_precision(s, names[0])), failure=str(error)))
+    except Exception as error:  # noqa: BLE001 (as in `measure`)
+        if debug:
+            traceback.print_exc()
+        text, _ = explain(error, Stage("getting the model"))
+        save(replace(Result(of_precision(s, names[0])), failure=text))
         return
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qwquanto-") as reference:
         for i, name in enumerate(names):
             rest = f", about {minutes((time.monotonic() - began) / i * (len(names) - i))} to go" if i else ""
@@ -2121,7 +2136,7 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
             if failure is None and (child.exitcode or not result.devices):
                 failure = death(child.exitcode)
             if failure:
-                save(replace(result, failure=failure))
+                save(replace(result, failure=result.failure or failure))  # its own words say more
 
 
 def of_precision(s: Settings, name: str) -> Settings:
@@ -2177,7 +2192,7 @@ def progress() -> Iterator[Tell]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     # half of rich's own rate: drawing takes half a millisecond from the runs each time
     options = {"transient": True, "refresh_per_second": 5, "disable": not console.is_terminal}
@@ -2197,7 +2212,7 @@ def show(parts: list[Any], file: Any) -> None:
     """Print a report: coloured and wrapped in a terminal, uncut anywhere else."""
     from rich.console import Console
 
-    console = Console(file=file, highlight=False)
+    console = Console(file=file, highlight=False, emoji=False)  # an answer's :key: is no emoji
     console.width = console.width if console.is_terminal else 1000
     with console.capture() as captured:
         for part in parts:
@@ -2220,17 +2235,19 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     quiet_libraries(debug)
     results: dict[str, Result] = {}
-    unwritten: list[str] = []
+    unwritten = ""
     with progress() as tell:
 
         def save(result: Result) -> None:
+            nonlocal unwritten
             results[result.name] = result
             if s.results in (None, "-"):
                 return
             try:
                 write_results(s.results, list(results.values()))
+                unwritten = ""
             except OSError as error:
-                unwritten.append(f"cannot write {s.results}: {error.strerror or error}")
+                unwritten = f"cannot write {s.results}: {error.strerror or error}"
 
         interrupted = False
         try:
@@ -2248,9 +2265,10 @@ def main(argv: list[str] | None = None) -> int:
     if s.results == "-":
         print(to_json(ordered))
     if unwritten:
-        print(f"qwquanto: {unwritten[-1]}", file=sys.stderr)
+        print(f"qwquanto: {unwritten}", file=sys.stderr)
     if interrupted:
-        print("qwquanto: interrupted; the report holds what was finished", file=sys.stderr)
+        kept = "; the report holds what was finished" if measured else ""
+        print(f"qwquanto: interrupted{kept}", file=sys.stderr)
         return 130
     return int(bool(unwritten) or any(r.failure and not (r.unavailable and s.compare) for r in ordered))
 

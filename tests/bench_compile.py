@@ -71,7 +71,7 @@ def torchao(s: q.Settings, pipe: "multiprocessing.connection.Connection", device
     compiled = {"past_key_values": cache}
     room = q.room_after(s, model, prompt.shape[1])
     rig = q.Rig(
-        model.eval(), tokenizer, prompt, s.compare_tokens, room, True, [device], {}, compiled=compiled
+        model.eval(), tokenizer, prompt, s.compare_tokens, room, True, [device], {}, compile_options=compiled
     )
     silent = lambda *_, **__: None
     q.run_once(s, rig, 0, silent, "")

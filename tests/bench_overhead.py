@@ -53,7 +53,7 @@ def main(argv: list[str], pairs: int = 24) -> None:
     rig = q.Rig(model, tokenizer, prompt, s.compare_tokens, 4096, True, devices, handles)
     if s.compile:
         q.compile_decode(s, rig, lambda *_, **__: None)
-    bare = q.options_for(s, rig) | {"attention_mask": torch.ones_like(prompt)} | rig.compiled
+    bare = q.options_for(s, rig) | {"attention_mask": torch.ones_like(prompt)} | rig.compile_options
     synchronize = q.synchronizer(devices)
 
     def measured(seed: int) -> float:
@@ -62,8 +62,8 @@ def main(argv: list[str], pairs: int = 24) -> None:
 
     def plain(seed: int) -> float:
         torch.manual_seed(seed)
-        if rig.compiled:
-            rig.compiled["past_key_values"].reset()
+        if rig.compile_options:
+            rig.compile_options["past_key_values"].reset()
         synchronize()
         begin = time.perf_counter()
         model.generate(prompt, **bare)

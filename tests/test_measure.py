@@ -25,7 +25,7 @@ class FakeModel:
 
     def __init__(self, time, tokens, gap=0.5, first=2.0):
         self.time, self.tokens, self.gap, self.first, self.calls = time, tokens, gap, first, []
-        self.generation_config = SimpleNamespace(eos_token_id=[7, 8], pad_token_id=None)
+        self.generation_config = SimpleNamespace(eos_token_id=[7, 8])
 
     def generate(self, ids, attention_mask, stopping_criteria, **options):
         self.calls.append(options | {"seed": torch.initial_seed()})
@@ -79,6 +79,12 @@ def test_runs_end_by_time_and_by_length(time):
     assert (run.stop_reason, run.generated_tokens) == ("time", 4)
     run = q.run_once(q.Settings(), rig(FakeModel(time, [1] * 10), new_tokens=3), 0, silent, "run")
     assert (run.stop_reason, run.generated_tokens) == ("length", 3)
+    run = q.run_once(
+        replace(s, max_seconds=2.9), rig(FakeModel(time, [1] * 10), new_tokens=3), 0, silent, "run"
+    )
+    assert (run.stop_reason, run.generated_tokens) == ("length", 3), (
+        "the last token passed the limit: it is whole"
+    )
 
 
 def test_the_warm_up_keeps_max_new_tokens_and_ends_early(time):
@@ -104,8 +110,8 @@ def test_options_and_seeds_that_generate_gets(time):
     model = FakeModel(time, [1] * 10)
     q.run_once(q.Settings(), rig(model), 3, silent, "run")
     q.run_once(replace(q.Settings(), do_sample=False), rig(model, exact=True), 4, silent, "run")
-    sampled = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.7, "pad_token_id": 7, "seed": 3}
-    greedy = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 7, "eos_token_id": None, "seed": 4}
+    sampled = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.7, "pad_token_id": 0, "seed": 3}
+    greedy = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "seed": 4}
     assert model.calls == [sampled, greedy]
 
 
@@ -166,6 +172,19 @@ def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time(monkeypatch):
     parameters[:] = [SimpleNamespace(device=torch.device("mps:0"), size=5)]
     r = hand_made.result(decode=2.0, memory_bytes_per_s={"mps": 1000.0})
     assert q.utilization(r, two)["bandwidth_utilization"] == pytest.approx(0.8)
+
+
+def test_a_compiled_step_reads_whole_windows_but_not_on_cuda():
+    import test_statistics as hand_made
+
+    def bytes_on(device):
+        prompt = SimpleNamespace(shape=(1, 3), device=torch.device(device))
+        compiled = rig(None, prompt=prompt, reads=(400, 10), compile_options={"past_key_values": None})
+        return q.utilization(hand_made.result(decode=None, runs=[hand_made.run(None)]), compiled)[
+            "bytes_per_token"
+        ]
+
+    assert (bytes_on("cpu"), bytes_on("cuda:0")) == (400 + 10 * 256, 400 + 45)
 
 
 def test_nvml_finds_the_gpu_by_uuid_not_by_number(monkeypatch):
@@ -264,3 +283,32 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     told = json.loads(path.read_text(encoding="utf-8"))["results"][0]
     assert told["load_s"] == 1.5 and told["settings"]["model_name"] == q.MODEL_NAME
+
+
+def test_a_later_write_makes_up_for_one_that_failed(tmp_path, monkeypatch, capsys):
+    def main(*works):
+        write, works = q.write_results, iter(works)
+
+        def write_or_fail(path, results):
+            if not next(works):
+                raise OSError(28, "No space left on device")
+            write(path, results)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(q, "write_results", write_or_fail)
+            patch.setattr(q, "measure", lambda s, tell, save, *_: [save(q.Result(s)), save(q.Result(s))])
+            code = q.main(["--results", str(tmp_path / "r.json")])
+        return code, "No space left on device" in capsys.readouterr().err
+
+    assert main(True, False) == (1, True)
+    assert main(False, True) == (0, False)
+
+
+def test_whatever_goes_wrong_before_the_first_precision_is_a_line(monkeypatch):
+    def broken(s):
+        raise ImportError("No module named 'hf_xet'")
+
+    saved = []
+    monkeypatch.setattr(q, "fetch", broken)
+    q.compare(replace(q.Settings(), compare=("none", "int8")), silent, saved.append)
+    assert [r.failure for r in saved] == ["No module named 'hf_xet': pip install -r requirements.txt"]

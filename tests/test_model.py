@@ -226,17 +226,26 @@ def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     folder = make_model(tmp_path, steps=0)
     s = settings(model_name=folder)
     empty = q.skeleton(s, folder)
-    stage = q.Stage("loading", empty, ["cpu"], room=q.expected_bytes(empty, "int4") * 1.2)
+    stage = q.Stage("loading", empty, ["cpu"], free=q.expected_bytes(empty, "int4") * 1.2)
     stage.needed = q.expected_bytes(empty, "float8")  # what has just failed is no advice
     cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), cublas):
         text, unavailable = q.explain(error, stage)
         assert "would fit: int4" in text and "int8" not in text and not unavailable
+    stage.free, stage.needed = 1e12, q.expected_bytes(empty, "int2")
+    assert "the weights alone" in q.explain(error, stage)[0] and "fewer tokens" in q.explain(error, stage)[0]
 
 
 def test_out_of_memory_before_the_model_is_known_is_a_line_too():
     text, unavailable = q.explain(MemoryError(), q.Stage("looking for a device"))
     assert text.startswith("out of memory while looking for a device") and not unavailable
+
+
+def test_a_model_with_code_of_its_own_names_the_flag():
+    error = ValueError(
+        "The repository contains custom code.\nPlease pass the argument `trust_remote_code=True`"
+    )
+    assert "--trust-remote-code" in q.explain(error, q.Stage("reading the model's configuration"))[0]
 
 
 def test_what_this_machine_lacks_is_unavailable_not_failed():

@@ -279,6 +279,11 @@ def test_a_hanging_and_a_raising_precision_are_rows(script, tiny, tmp_path):
                 "    if s.weights == 'int2':\n        raise RuntimeError('No working C++ compiler found')\n"
             ),
         ),
+        # as CUDA may after an error of its own: what was said before counts
+        (
+            "        debug,\n    )\n",
+            "        debug,\n    )\n    if s.weights == 'int4':\n        os.abort()\n",
+        ),
     )
     small = SMALL | {"runs": 1, "quality_tokens": 0}
     ended = no_traceback(

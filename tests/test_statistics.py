@@ -1,5 +1,6 @@
 """The pure parts on hand-made Results: settings, statistics, warnings, tables, promises, verdict."""
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,8 @@ def test_instability_and_drift_say_so_themselves():
     assert told(0.1, 0.1001, 0.1002, 0.1003, 0.1004, 0.1005) == ""  # in order, and far too little to matter
     assert "differ by" in told(0.1, 0.2, 0.1) and "slower than the first" not in told(0.1, 0.2, 0.1)
     assert "slower than the first" in told(0.1, 0.11, 0.12, 0.13, 0.14, 0.15)
+    eager = result(runs=[run()] * 2, eager_runs=[run(gaps=(g, g)) for g in (0.1, 0.2)])
+    assert ["the eager runs' rates differ by" in line for line in q.warnings_for(eager)] == [True]
 
 
 @pytest.mark.parametrize(
@@ -159,12 +162,31 @@ def test_quality_on_few_tokens_says_so():
 def test_memory_that_is_not_equally_fast_for_all_says_so():
     def told(*speeds):
         results = [replace(result("int8"), memory_bytes_per_s={"cpu": speed}) for speed in speeds]
-        return q.bandwidth_warnings(results)
+        return q.unlike(results)
 
     assert told(34e9, 61e9, 35e9) == [
         "Memory of cpu: 34.0 to 61.0 GB/s measured beside different precisions; MBU is rough."
     ]
-    assert told(34e9, 36e9) == [] and q.bandwidth_warnings([result("int8", memory_bytes_per_s={})]) == []
+    assert told(34e9, 36e9) == [] and q.unlike([result("int8", memory_bytes_per_s={})]) == []
+
+
+def test_prefill_of_different_lengths_says_so():
+    told = q.unlike(
+        [result("none"), result("float8", prefill_tokens=64), result("int8", prefill_tokens=None)]
+    )
+    assert len(told) == 1 and "none 512, float8 64 tokens" in told[0]
+
+
+def test_a_note_names_its_precision_unless_it_is_everyones():
+    notes = {"none": ["no NVML"], "int8": ["no NVML", "other programs use 35 % of the processor"]}
+    shown = text(q.comparison_report([result(name, notes=told) for name, told in notes.items()]), 120)
+    assert shown.count("no NVML") == 1 and "! no NVML" in shown and "! int8: other programs" in shown
+
+
+def test_text_is_shown_as_it_is():
+    shown = io.StringIO()
+    q.show([q.literal("a [bold] answer :key:")], shown)
+    assert shown.getvalue() == "a [bold] answer :key:\n"
 
 
 def test_random_weights_have_no_quality_and_say_so():
