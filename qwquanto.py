@@ -183,7 +183,7 @@ RULES = {  # constant -> does it hold, and what is allowed
     "WEIGHTS": (lambda v: (v or "none") in PRECISIONS, ONE_OF),
     "COMPARE": (
         lambda v: {p or "none" for p in v} <= set(PRECISIONS) and len(set(v)) == len(v),
-        f"each {ONE_OF}",
+        f"precisions, each of them {ONE_OF}, and once",
     ),
     "DEVICE": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cuda, cuda:N, mps or cpu"),
     "DTYPE": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
@@ -588,7 +588,7 @@ def fetch(s: Settings) -> str | None:
         raise Failure(f"the Hub knows no model {s.model_name} (or it is private: hf auth login)") from None
     except Exception as error:  # the Hub's client raises its own, the operating system's and httpx's
         raise Failure(
-            f"cannot get {s.model_name} from the Hub, and it is not cached here ({first_line(error)}). Ways on: a mirror "
+            f"cannot get {s.model_name} from the Hub, and it is neither a folder nor cached here ({first_line(error)}). Ways on: a mirror "
             "(set HF_ENDPOINT=https://…), a local folder (--model-name ./folder), or no download (--random-weights)"
         ) from error
 
@@ -1733,6 +1733,8 @@ def warnings_for(r: Result) -> list[str]:
         told.append(
             f"{r.name}: quality rests on {r.quality.positions} tokens only: a short answer, or MAX_SECONDS."
         )
+    if r.runs and all((run.stop_reason, run.generated_tokens) == ("eos", 1) for run in r.runs):
+        told.append(f"{r.name}: every answer ended at its first token: a chat model wants --chat.")
     for kind, runs in (("eager ", r.eager_runs), ("", r.runs)):
         rates, deviation = common_rates(runs), relative_deviation(runs)
         if r.settings.compare and any(run.stop_reason == "time" for run in runs):
@@ -1870,7 +1872,7 @@ def single_report(r: Result) -> list[Any]:
     parts += memory_table(r) if r.memory else []
     parts += weight_lines(r)
     if r.runs and r.runs[0].text:
-        answer = " ".join(r.runs[0].text.split())[:400]
+        answer = " ".join(r.runs[0].text.split())[:400].rstrip("\ufffd")  # half a character, cut by the end
         parts += ["", "[bold]### The first answer begins[/]", "", f"> {literal(answer)}"]
     return parts
 
@@ -2064,8 +2066,14 @@ def verdict_lines(results: list[Result]) -> list[str]:
     fastest, smallest = max(speed, key=speed.get), min(size, key=size.get)
     told = f"[bold]Fastest: {fastest}[/] ({digits(speed[fastest])} tokens/s). "
     told += f"[bold]Smallest: {smallest}[/] ({gib(size[smallest])} GiB). "
+    shaky = ", ".join(r.name for r in results if (relative_deviation(r.runs) or 0) > UNSTABLE)
+    doubt = (
+        [f"[bold yellow]Speeds that differ from run to run, so do not count on them: {shaky}.[/]"]
+        if shaky
+        else []
+    )
     if not any(r.quality for r in results):
-        return [told + "Quality was not measured."]
+        return [told + "Quality was not measured.", *doubt]
     kept = {r.name: size[r.name] for r in results if r.name in size and verdict(r) == "kept"}
     if kept:
         small = [name for name in kept if kept[name] <= 1.01 * min(kept.values())]
@@ -2076,7 +2084,7 @@ def verdict_lines(results: list[Result]) -> list[str]:
     for kind in ("changed", "broken"):
         names = ", ".join(r.name for r in results if verdict(r) == kind)
         told += f" Answers {kind}: {names}." if names else ""
-    return [told]
+    return [told, *doubt]
 
 
 # --------------------------------------------------------------------------------------------------- compare
@@ -2103,10 +2111,10 @@ def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool
     """
     context = multiprocessing.get_context("spawn")
     names = sorted((p or "none" for p in s.compare), key=PRECISIONS.index)
-    runs = s.runs * (2 if s.compile else 1)
-    most = minutes(len(names) * runs * s.max_seconds)
-    most += " of runs, and loading and quality; better known after the first"
-    tell(f"{', '.join(names)}: {counted(runs, 'run')} each, at most {most}")
+    runs = counted(s.runs, "eager run") + f" and {s.runs} compiled" if s.compile else counted(s.runs, "run")
+    most = minutes(len(names) * s.runs * (2 if s.compile else 1) * s.max_seconds)
+    most += " of runs, and loading and quality; a better estimate follows the first"
+    tell(f"{', '.join(names)}: {runs} each, at most {most}")
     tell("getting the model", live=True)
     try:
         fetch(s)  # here, where a long download is no silence
@@ -2231,7 +2239,10 @@ def main(argv: list[str] | None = None) -> int:
         print(*(f"qwquanto: {problem}" for problem in problems), sep="\n", file=sys.stderr)
         return 2
     if importlib.util.find_spec("rich") is None:
-        print("qwquanto: its packages are missing: pip install -r requirements.txt", file=sys.stderr)
+        print(
+            "qwquanto: this Python lacks its packages: pip install -r requirements.txt, or .venv/bin/python",
+            file=sys.stderr,
+        )
         return 1
     quiet_libraries(debug)
     results: dict[str, Result] = {}

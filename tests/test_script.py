@@ -68,6 +68,7 @@ def test_a_model_that_ends_at_once(script, tmp_path):
     ended = no_traceback(script(model_name=folder, question=QUESTION, do_sample=False, max_length=40))
     assert ended.code == 0 and all(run["generated_tokens"] == 1 for run in ended.results[0]["runs"])
     assert re.search(r"\| 1 +\| eos +\| +1 \| +[\d.]+ \| +– \|", ended.out)
+    assert "a chat model wants --chat" in ended.out
 
 
 def test_piped_output_is_uncut_utf8_whatever_the_locale(script, tiny):

@@ -170,6 +170,12 @@ def test_memory_that_is_not_equally_fast_for_all_says_so():
     assert told(34e9, 36e9) == [] and q.unlike([result("int8", memory_bytes_per_s={})]) == []
 
 
+def test_a_verdict_names_the_speeds_that_are_uncertain():
+    shaky = result("int8", runs=[run(gaps=(g, g)) for g in (0.1, 0.2)])
+    assert "count on them: int8." in q.verdict_lines([result("none"), shaky])[-1]
+    assert len(q.verdict_lines([result("none"), result("int8")])) == 1
+
+
 def test_prefill_of_different_lengths_says_so():
     told = q.unlike(
         [result("none"), result("float8", prefill_tokens=64), result("int8", prefill_tokens=None)]
