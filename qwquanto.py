@@ -588,8 +588,9 @@ def fetch(s: Settings) -> str | None:
         raise Failure(f"the Hub knows no model {s.model_name} (or it is private: hf auth login)") from None
     except Exception as error:  # the Hub's client raises its own, the operating system's and httpx's
         raise Failure(
-            f"cannot get {s.model_name} from the Hub, and it is neither a folder nor cached here ({first_line(error)}). Ways on: a mirror "
-            "(set HF_ENDPOINT=https://…), a local folder (--model-name ./folder), or no download (--random-weights)"
+            f"cannot get {s.model_name} from the Hub, and it is neither a folder nor cached here ({first_line(error)}). "
+            "Ways on: a mirror (set HF_ENDPOINT=https://…), a local folder (--model-name ./folder), or no download "
+            "(--random-weights)"
         ) from error
 
 
@@ -1319,9 +1320,7 @@ class Rig:
     devices: list[str]
     handles: dict[str, Any]
     reads: tuple[int, int] | None = None  # see `bytes_per_token`
-    compile_options: dict[str, Any] = field(
-        default_factory=dict
-    )  # filled by `compile_decode`, shared by copies
+    compile_options: dict[str, Any] = field(default_factory=dict)  # filled by `compile_decode`
 
 
 def options_for(s: Settings, rig: Rig) -> dict[str, Any]:
@@ -1691,9 +1690,8 @@ def utilization(r: Result, rig: Rig) -> dict[str, Any]:
     Over several GPUs, which work one after the other, the time that memory needs is the sum of each one's.
     """
     cached = rig.prompt.shape[1] + statistics.fmean(run.generated_tokens for run in r.runs) / 2
-    if (
-        rig.compile_options and rig.prompt.device.type != "cuda"
-    ):  # whose kernel reads no place that is still empty
+    # CUDA's kernel reads no place that is still empty
+    if rig.compile_options and rig.prompt.device.type != "cuda":
         cached = mean_window(rig.prompt.shape[1], max(run.generated_tokens for run in r.runs))
     if rig.reads is None:
         return {}
@@ -2067,11 +2065,7 @@ def verdict_lines(results: list[Result]) -> list[str]:
     told = f"[bold]Fastest: {fastest}[/] ({digits(speed[fastest])} tokens/s). "
     told += f"[bold]Smallest: {smallest}[/] ({gib(size[smallest])} GiB). "
     shaky = ", ".join(r.name for r in results if (relative_deviation(r.runs) or 0) > UNSTABLE)
-    doubt = (
-        [f"[bold yellow]Speeds that differ from run to run, so do not count on them: {shaky}.[/]"]
-        if shaky
-        else []
-    )
+    doubt = [f"[bold yellow]Do not count on the speed of {shaky}: see above.[/]"] if shaky else []
     if not any(r.quality for r in results):
         return [told + "Quality was not measured.", *doubt]
     kept = {r.name: size[r.name] for r in results if r.name in size and verdict(r) == "kept"}

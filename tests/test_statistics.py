@@ -172,7 +172,7 @@ def test_memory_that_is_not_equally_fast_for_all_says_so():
 
 def test_a_verdict_names_the_speeds_that_are_uncertain():
     shaky = result("int8", runs=[run(gaps=(g, g)) for g in (0.1, 0.2)])
-    assert "count on them: int8." in q.verdict_lines([result("none"), shaky])[-1]
+    assert "speed of int8: see above" in q.verdict_lines([result("none"), shaky])[-1]
     assert len(q.verdict_lines([result("none"), result("int8")])) == 1
 
 
