@@ -1,18 +1,34 @@
 #!/usr/bin/env python
-"""What does Quanto do to my model on my machine, and does it keep its promises?
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "optimum-quanto==0.2.7",
+#   "transformers==5.23.0",
+#   "accelerate==1.15.0",
+#   "torch==2.13.0",
+#   "nvidia-ml-py==13.615.71",
+#   "rich==15.0.0",
+#   "psutil==7.2.2",
+# ]
+# ///
+"""What does Quanto do to my model on my machine, and is it what one is told to expect?
 
 Loads a causal language model quantized by Hugging Face's Quanto, runs one question five times and reports speed,
 memory and, in a comparison, quality.
 
     python qwquanto.py                    # the model and the precision of the constants below
     python qwquanto.py --random-weights   # the same modules, bytes and speed, and nothing to download
-    python qwquanto.py --compare          # none, float8, int8, int4 and int2 beside each other
+    python qwquanto.py --compare          # none, int8, float8, int4 and int2 beside each other
+    python qwquanto.py --compare --compile --results all.json --report all.svg
+    python qwquanto.py --show all.json other.json
 
 Every number, as the report names it (the JSON has them in seconds and bytes, null where unknown):
 
     TTFT             time to first token: from the call of generate() until the first new token is sampled
     decode tokens/s  (new tokens - 1) / (time of the last token - time of the first): N tokens have N-1 intervals
+    ±                sample standard deviation; of rates, over runs of at least 32 tokens and the positions all reached
     inter-token      the gaps between tokens; percentiles pool all timed runs
+    pace             decode tokens/s over the first and over the last tenth of answers of 200 tokens and more
     latency          the whole generate() call, device synchronized at both ends
     tokens/s         new tokens / latency: the plain figure that most scripts print
     prefill          512 prompt tokens / time to first token (llama-bench's pp512), a measurement of its own
@@ -20,14 +36,26 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     saved            1 - weights / the same model unquantized, in the dtype it is loaded in
     allocated        bytes in torch's tensors; reserved: what torch's allocator holds; used: the whole device (NVML)
     RSS              physical memory of this process: mapped files and freed heap count too, so it is not the model
-    MBU              memory bandwidth utilization: bytes that decode must read a second (weights + KV cache) over
-                     what this device's memory delivers, measured before the model is loaded
-    energy           difference of the GPU's own energy counter over a run of at least one second
-    KL               mean KL(unquantized || quantized) in nats over the unquantized model's greedy answer
+    MBU              memory bandwidth utilization: bytes that decode must read a second (weights, and the KV cache as
+                     generate() filled it) over what this device's memory delivers, measured before the model is loaded
+    energy           difference of the GPU's own energy counter, over at least one second
+    KL               KL(reference || quantized) in nats over the reference's greedy answer: mean ± standard error. The
+                     reference is the unquantized model or, where that did not run, the most precise one that did
     same top token   share of those positions at which both models rank the same token first, 95 % Wilson interval
+    speed-up         a median decode rate over the unquantized model's, both eager or both in the compiled step
 
 Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one reads every
 weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.
+
+Verdicts rest on 95 % intervals: of a ratio of speeds by Welch's method on the logarithms of the rates, widened by the
+ratio of the memory bandwidths that the two processes measured; of KL by its standard error. An interval that holds the
+limit is too close to call. Answers are kept up to 0.05 nats, changed up to 0.5 and broken above: the author's choice.
+
+`--compile` measures this script's own compiled decode step (static cache, Quanto's numbers as plain tensors, CUDA
+graphs), beside the eager model that a program of yours would get; `compile_decode` gives that step to a program.
+
+The file has two parts. The program reads the constants, starts a worker for each precision and reports; it never
+imports torch. The worker, this script again with --worker, loads and measures one precision.
 """
 
 from __future__ import annotations
@@ -36,10 +64,11 @@ from __future__ import annotations
 # Edit these; each is also a flag: MAX_LENGTH = --max-length.
 MODEL_NAME: str = "Qwen/Qwen2.5-3B"  # Hub id or local folder: "Qwen/Qwen2.5-7B", "./my-model"
 WEIGHTS: str | None = "int8"  # "float8", "int8", "int4", "int2", or None: as stored (--weights none)
-COMPARE: tuple = ()  # precisions to compare; --compare alone: none float8 int8 int4 int2
+COMPARE: tuple = ()  # precisions to compare; --compare alone: none int8 float8 int4 int2
 DEVICE: str = "auto"  # "cuda", "cuda:1", "mps", "cpu"; auto: what works, one GPU if the model fits it
 DTYPE: str = "auto"  # the checkpoint's own; "float16" for GPUs before Ampere, "bfloat16", "float32"
-COMPILE: bool = False  # compile the decode step (static cache, CUDA graphs): a minute or so at the start
+COMPILE: bool = False  # measure this script's compiled decode step too: a minute or so at the start
+QUANTO_KERNELS: bool = False  # True leaves Quanto as shipped: it compiles kernels, some of them wrong
 RANDOM_WEIGHTS: bool = False  # no download: speed and memory hold, text and quality do not
 QUESTION: str = "如何计算矩阵的行列式？请详细解释计算步骤。"  # the prompt
 CHAT: bool = False  # wrap the question in the model's chat template (Instruct models)
@@ -54,107 +83,151 @@ DO_SAMPLE: bool = True  # False: greedy
 SEED: int = 0  # run i is seeded with SEED + i
 TRUST_REMOTE_CODE: bool = False  # True runs code from the model's repository; Qwen2.5 needs none
 RESULTS: str | None = None  # file for all numbers as JSON; "-": standard output
+REPORT: str | None = None  # file for the report as a picture or a page: "report.svg", "report.html"
 # -----------------------------------------------------------------------------------------------------------
 
+import os
+import signal
+
+if __name__ == "__main__":  # until main() takes over, Ctrl-C ends without the traceback of an import
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
+import contextlib
 import dataclasses
+import datetime
+import difflib
 import functools
-import importlib.util
+import itertools
 import json
 import math
-import multiprocessing
-import os
+import queue
 import re
-import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
-import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
-PRECISIONS = ("none", "float8", "int8", "int4", "int2")
-BITS = {"none": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
-ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
+try:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError:
+    sys.exit("qwquanto: this Python lacks its packages: pip install -r requirements.txt, or .venv/bin/python")
+
+__version__ = "2.0.0"
+SCHEMA = 1  # of the JSON
+PRECISIONS = ("none", "int8", "float8", "int4", "int2")  # in the order of running, see `measure_quality`
+BITS = {"none": 16, "int8": 8, "float8": 8, "int4": 4, "int2": 2}
+SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 PREFILL_TOKENS = 512  # as llama-bench's pp512
-# A warm-up run ends when it has had both, and warm-up only after so many seconds: a GPU machine is slow at first.
-WARMUP_TOKENS, WARMUP_S = 16, 5
-# The author's choice, in nats of KL: below the first answers are kept, above the second they are broken.
-KEEPS, BREAKS = 0.05, 0.5
-BUSY = 20  # percent of the processor that others may use before it deserves a warning
+KL_KEPT, KL_BROKEN = 0.05, 0.5  # nats: up to the first answers are kept, above the second they are broken
+MIN_POSITIONS = 100  # of a KL: llama-perplexity prints no statistics on fewer
+MIN_RATE_TOKENS = 32  # of a run whose rate counts for a spread
+LONG_ANSWER_TOKENS = 200  # of a run that shows a pace
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
-PROMISED = {  # by Quanto's documentation, against 16 bit
-    "memory saved": "50-60 %", "16-bit speed": "90-95 %", "quality (KL)": "very close", "torch.compile": "+20-30 %",
-}  # fmt: skip
-SILENCE_S = 900  # a precision of a comparison that says nothing for so long is taken to hang
-QWEN2_5_3B = {  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs no network
-    "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "max_window_layers": 36,
-    "use_sliding_window": False, "bos_token_id": 151643, "eos_token_id": 151643, "dtype": "bfloat16",
-}  # fmt: skip
-
-# tell(text): a line for good; tell(text, live=True): a line that the next one replaces.
-Tell = Callable[..., None]
+SILENCE_S = 900  # a step that says nothing for so long hangs; loading may take as long as it takes
+EXIT_S = 10  # for a worker to end by itself once it has measured everything
 
 
 class Failure(Exception):
     """What went wrong and what to do about it, in one line for the user."""
 
 
+# ===========================================================================================================
+# PART 1: the program. Standard library and rich; it must not use a name of part 2 (a test holds it to that).
+# ===========================================================================================================
+
 # -------------------------------------------------------------------------------------------------- settings
 
-HINTS = {name: hint for name, hint in typing.get_type_hints(sys.modules[__name__]).items() if name.isupper()}
-Settings = dataclasses.make_dataclass(
-    "Settings", [(name.lower(), hint, globals()[name]) for name, hint in HINTS.items()], frozen=True
-)
-Settings.__doc__ = "A frozen snapshot of the constants: one field each, in lower case."
-Settings.__module__ = __name__  # a spawned process finds the class where it is defined
+
+@dataclass(frozen=True)
+class Settings:
+    """A snapshot of the constants: one field each, in lower case."""
+
+    model_name: str
+    weights: str | None
+    compare: tuple[str, ...]
+    device: str
+    dtype: str
+    compile: bool
+    quanto_kernels: bool
+    random_weights: bool
+    question: str
+    chat: bool
+    runs: int
+    warmup_runs: int
+    max_length: int
+    max_seconds: float
+    compare_tokens: int
+    quality_tokens: int
+    temperature: float
+    do_sample: bool
+    seed: int
+    trust_remote_code: bool
+    results: str | None
+    report: str | None
 
 
-def convert(text: str, hint: Any) -> Any:
-    """The value that a flag's text means for a constant of this type, or the text itself: `check` will complain."""
-    if text.lower() == "none" and type(None) in typing.get_args(hint):
+def convert(text: str, kind: str) -> Any:
+    """The value that a flag's text means for a field of this type, or the text itself: `check` will complain."""
+    if text.lower() == "none" and kind == "str | None":
         return None
     try:
-        return hint(text) if hint in (int, float) else text
+        return {"int": int, "float": float}.get(kind, str)(text)
     except ValueError:
         return text
 
 
-def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
-    """Settings from the constants and their flags, and whether --debug was given; flags come from the constants."""
+def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
+    """Settings from the constants and their flags; and the flags that are no constant: debug, show."""
     source = Path(__file__).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^([A-Z_]+): .*?  # (.+)$", source, re.MULTILINE))
+    comments = dict(re.findall(r"^([A-Z_]+)(?::[^=]+)? = .*?  # (.+)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
         "qwquanto.py", "python qwquanto.py [--FLAG VALUE ...]", __doc__.split("\n\n")[0], allow_abbrev=False
     )
-    for name, hint in HINTS.items():
-        flag, default = "--" + name.lower().replace("_", "-"), globals()[name]
-        shown = f"{comments.get(name, '')} (now: {default})".replace("%", "%%")
-        if hint is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=shown)
-        elif hint is tuple:
-            parser.add_argument(flag, nargs="*", default=default, metavar="WEIGHTS", help=shown)
+    flags = []
+    for f in dataclasses.fields(Settings):
+        flag, default = "--" + f.name.replace("_", "-"), globals().get(f.name.upper())
+        told = f"{comments.get(f.name.upper(), '')} (now: {default})".replace("%", "%%")
+        flags += [flag]
+        if f.type == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=told)
+        elif f.name == "compare":
+            parser.add_argument(flag, nargs="*", default=default, metavar="WEIGHTS", help=told)
         else:
-            to = lambda text, hint=hint: convert(text, hint)
-            parser.add_argument(flag, type=to, default=default, metavar=name.split("_")[-1], help=shown)
+            to = functools.partial(convert, kind=f.type)
+            parser.add_argument(
+                flag, type=to, default=default, metavar=f.name.split("_")[-1].upper(), help=told
+            )
+    parser.add_argument(
+        "--show", nargs="+", metavar="FILE", help="print saved results; several beside each other"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and libraries' messages")
-    flags = vars(parser.parse_args(argv))
-    debug = flags.pop("debug")
-    if flags["compare"] == [] and flags["compare"] is not COMPARE:  # --compare alone
-        flags["compare"] = PRECISIONS
-    flags["compare"] = tuple(flags["compare"]) if isinstance(flags["compare"], list) else flags["compare"]
-    return Settings(**flags), debug
+    parser.add_argument("--version", action="version", version=__version__)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        wrong = next((text for text in unknown if text.startswith("-")), unknown[0]).split("=")[0]
+        close = difflib.get_close_matches(wrong, [*flags, "--show", "--debug", "--version"], 1)
+        parser.error(f"unexpected argument {wrong}" + (f": did you mean {close[0]}?" if close else ""))
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
+    if values["compare"] == [] and values["compare"] is not COMPARE:  # --compare alone
+        values["compare"] = PRECISIONS
+    if isinstance(values["compare"], list | set):
+        values["compare"] = tuple(values["compare"])
+    return Settings(**values), args
 
 
-def writable(path: str) -> bool:
+def is_writable(path: str) -> bool:
     """Whether a file can be written at this path; leaves none behind."""
     try:
         target = Path(path).resolve()
@@ -177,38 +250,41 @@ def at_least(least: int) -> tuple[Callable[[Any], bool], str]:
 
 
 ONE_OF = f"one of {', '.join(PRECISIONS)}"
-DTYPES = ("auto", "float16", "bfloat16", "float32")
+POSITIVE = (lambda v: type(v) is not bool and 0 < v < math.inf, "a number above 0")
+YES_OR_NO = (lambda v: type(v) is bool, "True or False")
+DTYPES = ("auto", *SHORT_DTYPES)
 RULES = {  # constant -> does it hold, and what is allowed
     "MODEL_NAME": (is_model, "a Hub id like Qwen/Qwen2.5-3B or a folder with a config.json"),
     "WEIGHTS": (lambda v: (v or "none") in PRECISIONS, ONE_OF),
     "COMPARE": (
-        lambda v: {p or "none" for p in v} <= set(PRECISIONS) and len(set(v)) == len(v),
-        f"precisions, each of them {ONE_OF}, and once",
+        lambda v: len({p or "none" for p in v} & set(PRECISIONS)) == len(v),
+        f"a list of some of {', '.join(PRECISIONS)}, each once",
     ),
     "DEVICE": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cuda, cuda:N, mps or cpu"),
     "DTYPE": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
-    "QUESTION": (lambda v: v.strip(), "some text"),
+    **dict.fromkeys(("COMPILE", "QUANTO_KERNELS", "RANDOM_WEIGHTS", "CHAT", "DO_SAMPLE"), YES_OR_NO),
+    "QUESTION": (lambda v: type(v) is str and v.strip(), "some text"),
     "RUNS": at_least(1),
     "WARMUP_RUNS": at_least(0),
     "MAX_LENGTH": at_least(2),
-    "MAX_SECONDS": (lambda v: 0 < v < math.inf, "a number above 0"),
+    "MAX_SECONDS": POSITIVE,
     "COMPARE_TOKENS": at_least(2),
     "QUALITY_TOKENS": at_least(0),
-    "TEMPERATURE": (
-        lambda v: 0 < v < math.inf,
-        "a number above 0 (for greedy decoding set DO_SAMPLE to False)",
-    ),
+    "TEMPERATURE": (POSITIVE[0], "a number above 0 (for greedy decoding set DO_SAMPLE to False)"),
     "SEED": at_least(0),
-    "RESULTS": (lambda v: v in (None, "-") or writable(v), "a file that can be written, or -"),
+    "TRUST_REMOTE_CODE": YES_OR_NO,
+    "RESULTS": (lambda v: v in (None, "-") or is_writable(v), "a file that can be written, or -"),
+    "REPORT": (
+        lambda v: v is None or (v.endswith((".svg", ".html")) and is_writable(v)),
+        "a file that can be written, and ends in .svg or .html",
+    ),
 }
 
 
 def check(s: Settings) -> list[str]:
-    """Everything that is impossible about the settings, each with what is allowed; imports no library."""
-    is_bool = (lambda v: type(v) is bool, "True or False")
-    rules = {name: is_bool for name, hint in HINTS.items() if hint is bool}
+    """Everything that is impossible about the settings, each with what is allowed."""
     problems = []
-    for name, (holds, allowed) in (RULES | rules).items():
+    for name, (holds, allowed) in RULES.items():
         value = getattr(s, name.lower())
         try:
             right = holds(value)
@@ -222,7 +298,7 @@ def check(s: Settings) -> list[str]:
 # --------------------------------------------------------------------------------------------------- results
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """One generation. Seconds, joules; None where unknown. Defined in the docstring at the top."""
 
@@ -239,79 +315,1397 @@ class Run:
     text: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Quality:
-    """One quantized model against the unquantized one, over `positions` tokens of the latter's greedy answer."""
+    """One model against the reference, over `positions` tokens of the latter's greedy answer. KL in nats."""
 
+    reference: str  # its precision
     positions: int
     kl_divergence: float
+    kl_standard_error: float | None
+    kl_p99: float
     same_top_token: float
     low: float  # 95 % Wilson interval of same_top_token
     high: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compiled:
-    """What torch.compile did: seconds to prepare, compile and record; graphs; recompilations within timed runs."""
+    """This script's compiled decode step: seconds to prepare, compile and capture; graphs; what it measured."""
 
+    way: str  # "fast step", or "transformers' own"
     seconds: float
     graphs: int
-    recompilations: int = 0
+    recompilations: int = 0  # within timed runs
+    runs: list[Run] = field(default_factory=list)
+    bytes_per_token: int | None = None
+    bandwidth_utilization: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
+class TorchCompile:
+    """`model = torch.compile(model)` as introductions write it: seconds of generate(), in alternating pairs."""
+
+    graphs: int  # that torch captured
+    new_tokens: int
+    wrapped_s: list[float] = field(default_factory=list)
+    bare_s: list[float] = field(default_factory=list)
+
+
+@dataclass
 class Result:
-    """Everything known about one configuration; grows while it is measured. Bytes and seconds, None: unknown."""
+    """Everything known about one configuration; filled while it is measured. Bytes and seconds, None: unknown."""
 
     settings: Settings
     environment: dict[str, str] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
+    dtype: str | None = None  # of the model as loaded, unquantized
     generation: dict[str, Any] = field(default_factory=dict)  # what generate() really used
     load_s: float | None = None
     parameters: int | None = None
     weight_bytes: int | None = None
+    device_weight_bytes: dict[str, int] = field(default_factory=dict)
     unquantized_bytes: int | None = None
     quantizable_bytes: int | None = None  # of the unquantized bytes, those in layers that Quanto quantizes
     quantized_layers: int | None = None
     linear_layers: int | None = None
+    skipped_layers: int = 0  # linear layers with a forward of their own, which Quanto would replace
     weight_types: dict[str, int] = field(default_factory=dict)  # Quanto's tensor class -> layers
+    kernels: dict[str, int] = field(default_factory=dict)  # matrix products of one eager decode step -> calls
+    defects: list[str] = field(
+        default_factory=list
+    )  # what Quanto as shipped does with this model on this machine
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # phase -> name -> bytes, see `snapshot`
     warmup: list[Run] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    eager_runs: list[Run] = field(default_factory=list)  # a compiled comparison measures the eager model too
-    compiled: Compiled | None = None
-    prefill_tokens: int | None = None
-    prefill_tokens_per_s: float | None = None
+    runs: list[Run] = field(default_factory=list)  # eager
     bytes_per_token: int | None = None
     memory_bytes_per_s: dict[str, float] = field(default_factory=dict)  # device -> bytes/s
     bandwidth_utilization: float | None = None
+    compiled: Compiled | None = None
+    torch_compile: TorchCompile | None = None
+    prefill_tokens: int | None = None
+    prefill_tokens_per_s: float | None = None
+    prefill_rates: list[float] = field(default_factory=list)
+    is_reference: bool = False
     quality: Quality | None = None
     notes: list[str] = field(default_factory=list)
     failure: str | None = None
     unavailable: bool = False  # the failure is a lack of this machine
+    concerns_all: bool = False  # the failure is the model's or the device's, whatever the precision
+    complete: bool = False
 
     @property
     def name(self) -> str:
         return self.settings.weights or "none"
 
+    @property
+    def label(self) -> str:
+        """What tables call it: the unquantized model by its dtype."""
+        return self.name if self.settings.weights else SHORT_DTYPES.get(self.dtype, "unquantized")
 
-def to_json(results: list[Result]) -> str:
-    plain = {"results": [dataclasses.asdict(r) for r in results]}
-    return json.dumps(plain, ensure_ascii=False, indent=1, allow_nan=False)
+    @property
+    def timed_runs(self) -> list[Run]:
+        """The runs that were asked for: the compiled step's under --compile."""
+        return self.compiled.runs if self.compiled else self.runs
 
 
-def write_results(path: str, results: list[Result]) -> None:
+@dataclass
+class Benchmark:
+    """What one call of the script measured: the content of its JSON file."""
+
+    results: list[Result]
+    interrupted: bool = False
+    date: str = field(
+        default_factory=lambda: datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    )
+    version: str = __version__
+    schema: int = SCHEMA
+
+
+def to_json(benchmark: Benchmark) -> str:
+    return json.dumps(dataclasses.asdict(benchmark), ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def result_from(plain: dict[str, Any]) -> Result:
+    """A Result from its JSON form. Raises KeyError or TypeError for anything else."""
+    known = plain | {
+        "settings": Settings(**plain["settings"] | {"compare": tuple(plain["settings"]["compare"])})
+    }
+    for name in ("warmup", "runs"):
+        known[name] = [Run(**run) for run in plain[name]]
+    if plain["compiled"]:
+        known["compiled"] = Compiled(
+            **plain["compiled"] | {"runs": [Run(**r) for r in plain["compiled"]["runs"]]}
+        )
+    for name, kind in (("quality", Quality), ("torch_compile", TorchCompile)):
+        known[name] = kind(**plain[name]) if plain[name] else None
+    return Result(**known)
+
+
+def from_json(text: str) -> Benchmark:
+    """The Benchmark that `to_json` wrote. Raises Failure for a text that is none, or of another schema."""
+    try:
+        plain = json.loads(text)
+        if plain["schema"] != SCHEMA:
+            raise Failure(
+                f"has schema {plain['schema']}, this script reads {SCHEMA}: use the script that wrote it"
+            )
+        return Benchmark(**plain | {"results": [result_from(r) for r in plain["results"]]})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Failure("holds no results of this script") from None
+
+
+def write_results(path: str, benchmark: Benchmark) -> None:
     """Write all numbers atomically: a reader, or a killed process, never leaves half a file."""
     target = Path(path).resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        temporary.write_text(to_json(results) + "\n", encoding="utf-8")
+        # a question in another encoding than UTF-8 has surrogates
+        temporary.write_text(to_json(benchmark) + "\n", encoding="utf-8", errors="replace")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------------------------- machine
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927): sensible near 0 and 1 and for few trials, unlike +-1.96 s."""
+    z, share = 1.96, successes / trials
+    center, scale = share + z * z / (2 * trials), 1 + z * z / trials
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+
+
+def student_t(freedom: float) -> float:
+    """The two-sided 95 % quantile of Student's t: a table of whole degrees, then a series; never too small by 0.1 %."""
+    table = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    return table[max(1, int(freedom)) - 1] if freedom < 11 else 1.96 + 2.4 / freedom + 2.8 / freedom**2
+
+
+def percentile(values: list[float], percent: int) -> float | None:
+    """Linear interpolation between the sorted values; None without values."""
+    if len(values) < 2:
+        return values[0] if values else None
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """The median of what is known."""
+    known = [v for v in values if v is not None]
+    return statistics.median(known) if known else None
+
+
+def deviation(values: Iterable[float | None]) -> float | None:
+    """The sample standard deviation of what is known; None for fewer than two values."""
+    known = [v for v in values if v is not None]
+    return statistics.stdev(known) if len(known) > 1 else None
+
+
+def decode_rate(runs: list[Run]) -> float | None:
+    """Median decode tokens/s of some runs."""
+    return median(r.decode_tokens_per_s for r in runs)
+
+
+def rates_over_shared_prefix(*groups: list[Run]) -> list[list[float]]:
+    """Each run's decode tokens/s over the positions that all runs of all groups reached, group by group.
+
+    Sampled answers differ in length, and decode slows as the context grows, so only this compares run with run. Runs of
+    fewer than MIN_RATE_TOKENS tokens do not count.
+    """
+    gaps = [[r.inter_token_s for r in runs if len(r.inter_token_s) >= MIN_RATE_TOKENS - 1] for runs in groups]
+    shared = min((len(g) for group in gaps for g in group), default=0)
+    return [[shared / sum(g[:shared]) for g in group] for group in gaps]
+
+
+def coefficient_of_variation(runs: list[Run]) -> float | None:
+    """Sample standard deviation of the runs' rates over their mean; None for fewer than two runs that count."""
+    (rates,) = rates_over_shared_prefix(runs)
+    return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
+
+
+def ratio_interval(runs: list[Run], base: list[Run], distortion: float = 1.0) -> tuple[float, float] | None:
+    """The 95 % interval of the ratio of two decode rates (Welch 1947, on logarithms); None for too few runs.
+
+    `distortion` is the ratio of the two processes' memory bandwidths: it may be in the figures or not, so the interval
+    is widened by it.
+    """
+    logs = [[math.log(rate) for rate in group] for group in rates_over_shared_prefix(runs, base)]
+    if min(map(len, logs)) < 2:
+        return None
+    errors = [statistics.variance(group) / len(group) for group in logs]
+    center, error = statistics.fmean(logs[0]) - statistics.fmean(logs[1]), sum(errors)
+    freedom = error**2 / sum(e**2 / (len(g) - 1) for e, g in zip(errors, logs, strict=True)) if error else 1
+    half = student_t(freedom) * math.sqrt(error)
+    return math.exp(center - half) * min(1, 1 / distortion), math.exp(center + half) * max(1, 1 / distortion)
+
+
+def paired_interval(values: list[float], base: list[float]) -> tuple[float, float, float] | None:
+    """Geometric mean of the ratios of pairs, and its 95 % interval (Student's t on logarithms); None for one pair."""
+    logs = [math.log(a / b) for a, b in zip(values, base, strict=False)]
+    if len(logs) < 2:
+        return None
+    half = student_t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    center = statistics.fmean(logs)
+    return math.exp(center), math.exp(center - half), math.exp(center + half)
+
+
+def distortion(r: Result, base: Result) -> float:
+    """Ratio of the memory bandwidths that two processes measured, at the device where they differ most."""
+    ours, theirs = r.memory_bytes_per_s, base.memory_bytes_per_s
+    ratios = [ours[device] / theirs[device] for device in ours if device in theirs]
+    return max(ratios, key=lambda x: abs(math.log(x)), default=1.0)
+
+
+def speed_interval(r: Result, base: Result, compiled: bool = False) -> tuple[float, float] | None:
+    """The 95 % interval of r's decode rate over base's, eager or in the compiled step; None where it is unknown."""
+    if r.devices != base.devices or (compiled and not (r.compiled and base.compiled)):
+        return None
+    pair = (r.compiled.runs, base.compiled.runs) if compiled else (r.runs, base.runs)
+    return ratio_interval(*pair, distortion(r, base))
+
+
+def judge(interval: tuple[float, float] | None, limit: float) -> str:
+    """Whether a figure of this interval is at least `limit`: met, not met or too close to call."""
+    if interval is None or interval[0] < limit <= interval[1]:
+        return "too close to call"
+    return "met" if interval[0] >= limit else "not met"
+
+
+def kl_interval(q: Quality) -> tuple[float, float]:
+    half = 1.96 * q.kl_standard_error if q.kl_standard_error is not None else math.inf
+    return max(0.0, q.kl_divergence - half), q.kl_divergence + half
+
+
+def verdict(r: Result) -> str:
+    """What became of the answers: kept, changed or broken, "or" where the interval of KL holds a limit; – if unknown."""
+    if r.quality is None or r.quality.kl_standard_error is None:
+        return "–"
+    low, high = kl_interval(r.quality)
+    named = [sum(kl > limit for limit in (KL_KEPT, KL_BROKEN)) for kl in (low, high)]
+    names = ("kept", "changed", "broken")
+    return names[named[0]] if named[0] == named[1] else f"{names[named[0]]} or {names[named[1]]}"
+
+
+def utilization(r: Result, runs: list[Run], bytes_per_token: int | None) -> float | None:
+    """MBU. Over several devices, which work one after the other, the memory's time is the sum of each one's."""
+    rate, held = decode_rate(runs), r.device_weight_bytes
+    if rate is None or bytes_per_token is None or not held or not set(held) <= set(r.memory_bytes_per_s):
+        return None
+    total = sum(held.values())
+    return rate * sum(bytes_per_token * n / total / r.memory_bytes_per_s[d] for d, n in held.items())
+
+
+def pace(runs: list[Run]) -> tuple[float, float] | None:
+    """Median decode tokens/s over the first and the last tenth of long answers; None without one."""
+    gaps = [r.inter_token_s for r in runs if len(r.inter_token_s) >= LONG_ANSWER_TOKENS - 1]
+    tenths = [(g[: len(g) // 10], g[-(len(g) // 10) :]) for g in gaps]
+    return tuple(statistics.median(len(t[i]) / sum(t[i]) for t in tenths) for i in (0, 1)) if tenths else None
+
+
+def joules_per_token(runs: list[Run]) -> float | None:
+    """Energy of all runs over all devices by their tokens; None under a second, in which the counter hardly moves."""
+    if not runs or any(run.energy_j is None for run in runs) or sum(run.latency_s for run in runs) < 1:
+        return None
+    return sum(sum(run.energy_j.values()) for run in runs) / sum(run.generated_tokens for run in runs)
+
+
+def saving(r: Result) -> float | None:
+    """Share of the unquantized bytes that this precision saves."""
+    return 1 - r.weight_bytes / r.unquantized_bytes if r.weight_bytes and r.unquantized_bytes else None
+
+
+def peak_bytes(r: Result) -> tuple[int | None, str]:
+    """Peak of the runs, and of what: tensors on all devices, or the process's RSS where torch keeps no count (CPU)."""
+    peak = r.memory.get("peak of runs", {})
+    allocated = [n for name, n in peak.items() if name.endswith("allocated")]
+    return (sum(allocated), "tensors") if allocated else (peak.get("rss"), "RSS")
+
+
+def is_float32(r: Result) -> bool:
+    """Whether the unquantized model has 32 bits a parameter."""
+    return bool(r.parameters and r.unquantized_bytes > 3 * r.parameters)
+
+
+# ------------------------------------------------------------------------------------------------- judgements
+
+
+def warnings_for(r: Result) -> list[str]:
+    """What a reader must know before trusting the numbers, the worst first."""
+    s, found = r.settings, []
+    if s.random_weights:
+        found.append("Random weights: speed and memory hold, text and quality mean nothing.")
+    if s.weights and is_float32(r):
+        found.append(
+            "32-bit weights: what Quanto is expected to do is said against 16 bit (--dtype bfloat16)."
+        )
+    if s.weights and r.quantized_layers == 0:
+        found.append(
+            f"NOTHING WAS QUANTIZED: Quanto knows none of the layers; {r.name} means as stored here."
+        )
+    elif s.weights and r.quantizable_bytes and r.quantizable_bytes < r.unquantized_bytes / 2:
+        share = percent(r.quantizable_bytes / r.unquantized_bytes)
+        found.append(f"{r.label}: Quanto reaches only {share} % of the weights; the others stay as stored.")
+    if s.quanto_kernels and (lost := [text for text in r.defects if " bias " in text]):
+        found.append(f"{r.label} RUNS AS SHIPPED: {lost[0]}.")
+    if verdict(r) == "broken":
+        found.append(
+            f"{r.label} BREAKS THIS MODEL (KL {format_3g(r.quality.kl_divergence)} nats): do not use it."
+        )
+    if r.quality and r.quality.positions < MIN_POSITIONS:
+        few = plural(r.quality.positions, "token")
+        found.append(
+            f"{r.label}: quality rests on {few}, fewer than {MIN_POSITIONS}: a short answer, or MAX_SECONDS."
+        )
+    if r.timed_runs and all((run.stop_reason, run.generated_tokens) == ("eos", 1) for run in r.timed_runs):
+        found.append(f"{r.label}: every answer ended at its first token: a chat model wants --chat.")
+    for kind, runs in (("", r.runs), ("compiled ", r.compiled.runs if r.compiled else [])):
+        found += instability(f"{r.label}: ", kind, runs, bool(s.compare))
+    if r.compiled and r.compiled.recompilations:
+        found.append(f"{r.label}: {r.compiled.recompilations} recompilations within timed runs count here.")
+    return found + r.notes
+
+
+def instability(label: str, kind: str, runs: list[Run], same_work: bool) -> list[str]:
+    """What is unsteady about some runs, and what of it could not be judged."""
+    found, variation = [], coefficient_of_variation(runs)
+    if same_work and any(run.stop_reason == "time" for run in runs):
+        found.append(f"{label}{kind}runs ended by MAX_SECONDS, so this is less work than the others did.")
+    if variation is None:
+        if len(runs) > 1:
+            found.append(
+                f"{label}fewer than two {kind}runs reached {MIN_RATE_TOKENS} tokens: how steady they are is unknown."
+            )
+        return found
+    (rates,) = rates_over_shared_prefix(runs)
+    if variation > UNSTABLE:
+        found.append(
+            f"{label}the {kind}runs' rates differ by {percent(variation)} % (s.d.): is the machine busy?"
+        )
+    # never of three runs, whose extremes are at most 2 s.d. apart
+    if rates[0] - rates[-1] > max(2 * variation, UNSTABLE) * statistics.fmean(rates):
+        found.append(
+            f"{label}the last {kind}run is far slower than the first (over 2 s.d.): heat? another program?"
+        )
+    return found
+
+
+def comparability_warnings(results: list[Result]) -> list[str]:
+    """Where the precisions were not measured alike, so that their figures are hard to compare.
+
+    A process may get faster or slower memory than another: on a shared virtual machine 33 to 61 GB/s, steady in each.
+    """
+    found, lengths = [], {r.label: r.prefill_tokens for r in results if r.prefill_tokens}
+    placed = {r.label: ", ".join(r.devices) for r in results if r.memory}
+    if len(set(placed.values())) > 1:
+        each = "; ".join(f"{name} on {devices}" for name, devices in placed.items())
+        found.append(f"Measured on different devices ({each}): speeds are not compared.")
+    if len(set(lengths.values())) > 1:
+        each = ", ".join(f"{name} {tokens}" for name, tokens in lengths.items())
+        found.append(
+            f"Prefill was measured on prompts of different length ({each} tokens): do not compare it."
+        )
+    for device in dict.fromkeys(device for r in results for device in r.memory_bytes_per_s):
+        speeds = [r.memory_bytes_per_s[device] for r in results if device in r.memory_bytes_per_s]
+        if max(speeds) > 1.1 * min(speeds):
+            span = f"{format_3g(min(speeds), 1e9)} to {format_3g(max(speeds), 1e9)} GB/s"
+            found.append(
+                f"Memory of {device}: {span} measured beside different precisions: intervals are widened by it."
+            )
+    return found
+
+
+def expectations(results: list[Result]) -> list[tuple[str, str, str, str]]:
+    """Rows (expected, of, measured, verdict): what introductions to Quanto tell users, where it was measured here."""
+    by_name = {r.name: r for r in results}
+    base, int8, float8, int4 = map(by_name.get, ("none", "int8", "float8", "int4"))
+    rows = []
+    if int8 and saving(int8) is not None and not is_float32(int8):
+        saved = f"{percent(saving(int8))} % of the stored weights"
+        (used, kind), (before, other) = peak_bytes(int8), peak_bytes(base) if base else (None, "")
+        saved += f"; peak of {kind} {gib(used)} GiB" if used else ""
+        saved += f" against {gib(before)}" if used and before and kind == other else ""
+        rows.append(("50-60 % less memory than 16 bit", "int8", saved, judge((saving(int8),) * 2, 0.5)))
+    rates = [decode_rate(r.runs) for r in (int8, base) if r]
+    if len(rates) == 2 and all(rates) and int8.devices == base.devices and not is_float32(int8):
+        interval = speed_interval(int8, base)
+        measured = f"{percent(rates[0] / rates[1])} %{span_of(interval, percent)}, both eager"
+        rows.append(("90-95 % of the 16-bit speed", "int8", measured, judge(interval, 0.9)))
+    for r in results:
+        if r.quality and r.settings.weights:
+            kept = {"kept": "met", "–": "too close to call"}.get(verdict(r), "not met")
+            kept = "too close to call" if " or " in verdict(r) and "kept" in verdict(r) else kept
+            rows.append(("answers very close", r.label, f"KL {kl_text(r.quality)}", kept))
+    for r in results:
+        if t := r.torch_compile:
+            found = paired_interval(t.bare_s, t.wrapped_s)
+            gain = f"{100 * (found[0] - 1):+.1f} %" if found else "one pair"
+            gain += span_of(found and found[1:], lambda x: f"{100 * (x - 1):+.1f}")
+            measured = f"{gain}, {plural(t.graphs, 'graph')} compiled"
+            rows.append(
+                (
+                    "model = torch.compile(model): 20-30 % faster",
+                    r.label,
+                    measured,
+                    judge(found and found[1:], 1.2),
+                )
+            )
+    if (
+        int8
+        and float8
+        and int8.quality
+        and float8.quality
+        and int8.quality.reference == float8.quality.reference
+    ):
+        eight, more = kl_interval(int8.quality), kl_interval(float8.quality)
+        said = "met" if more[1] < eight[0] else "not met" if more[0] > eight[1] else "too close to call"
+        measured = f"KL {kl_text(float8.quality)} against {kl_text(int8.quality)}"
+        rows.append(("more exact than int8", "float8", measured, said))
+    if int8 and int4 and int8.weight_bytes and int4.weight_bytes:
+        measured = f"{gib(int4.weight_bytes)} GiB stored against {gib(int8.weight_bytes)}"
+        rows.append(
+            (
+                "less memory still than int8",
+                "int4",
+                measured,
+                judge((int8.weight_bytes / int4.weight_bytes,) * 2, 1.0001),
+            )
+        )
+    return rows
+
+
+def reasons(results: list[Result], rows: list[tuple[str, str, str, str]]) -> list[str]:
+    """Why an expectation was not met, where the program knows."""
+    missed, found = {row[0] for row in rows if row[3] == "not met"}, []
+    int8 = next((r for r in results if r.name == "int8"), None)
+    if "50-60 % less memory than 16 bit" in missed:
+        width = int8.unquantized_bytes / int8.parameters * 8  # bits a stored parameter has
+        most = percent(int8.quantizable_bytes / int8.unquantized_bytes * (1 - 8 / width))
+        found.append(
+            f"Memory: embeddings and output layer stay as stored, so 8 bits save at most {most} % here."
+        )
+    if "90-95 % of the 16-bit speed" in missed:
+        why = "eager Quanto calls Python for every layer, and on a GPU widens 8-bit weights on every call"
+        found.append(f"Speed: {why}.")
+    if "model = torch.compile(model): 20-30 % faster" in missed and int8.torch_compile.graphs == 0:
+        found.append(
+            "torch.compile: generate() runs the module inside the wrapper, so nothing is compiled (pytorch #161743)."
+        )
+    return found
+
+
+def complete(results: list[Result]) -> list[Result]:
+    """Those measured to their end, the only ones that are recommended."""
+    return [r for r in results if r.complete and r.weight_bytes and decode_rate(r.runs)]
+
+
+def about_as_fast(results: list[Result], fastest: Result, compiled: bool = False) -> list[Result]:
+    """The others whose speed cannot be told from the fastest one's."""
+    found = []
+    for r in results:
+        interval = speed_interval(r, fastest, compiled)
+        if r is not fastest and r.devices == fastest.devices and (interval is None or interval[1] >= 1):
+            found.append(r)
+    return found
+
+
+def reference_of(results: list[Result]) -> str:
+    """The name of the precision that the others' answers are held against."""
+    return next((r.label for r in results if r.is_reference), "the reference")
+
+
+def recommendation(results: list[Result]) -> list[str]:
+    """The answer to "which one?", by plain rules on the figures: the report's first lines."""
+    done = complete(results)
+    if not done:
+        return []
+    base = next((r for r in done if r.name == "none"), None)
+    kept = [r for r in done if verdict(r) == "kept"]
+    lines = []
+    if not any(r.quality for r in done):
+        lines.append("[bold]Quality was not measured[/], so none is recommended.")
+    elif not kept:
+        lines.append(f"[bold]No precision surely keeps {reference_of(results)}'s answers.[/]")
+    else:
+        least = min(r.weight_bytes for r in kept)
+        best = max((r for r in kept if r.weight_bytes <= 1.01 * least), key=lambda r: decode_rate(r.runs))
+        line = f"[bold green]Smallest that keeps the answers: {best.label}[/], {gib(best.weight_bytes)} GiB of weights"
+        line += f" ({percent(saving(best))} % saved), {format_3g(decode_rate(best.runs))} tokens/s"
+        if base and decode_rate(base.runs) and base.devices == best.devices:
+            line += (
+                f", {format_3g(decode_rate(best.runs) / decode_rate(base.runs))} times {base.label}'s speed"
+            )
+        if best.compiled and decode_rate(best.compiled.runs):
+            line += f"; in this script's compiled step: {format_3g(decode_rate(best.compiled.runs))} tokens/s"
+        lines.append(line + ".")
+    if len({tuple(r.devices) for r in done}) == 1 and len(done) > 1:
+        fastest = max(done, key=lambda r: decode_rate(r.runs))
+        line = f"Fastest: {fastest.label} ({format_3g(decode_rate(fastest.runs))} tokens/s)"
+        if others := about_as_fast(done, fastest):
+            unknown = any(speed_interval(r, fastest) is None for r in others)  # of a single run
+            line += f", {'not surely slower' if unknown else 'about as fast'}: {', '.join(r.label for r in others)}"
+        smallest = min(done, key=lambda r: r.weight_bytes)
+        lines.append(f"{line}. Smallest: {smallest.label} ({gib(smallest.weight_bytes)} GiB).")
+    named = {r.label: verdict(r) for r in done if verdict(r) not in ("–", "kept")}
+    if named:
+        lines[-1] += (
+            " Answers "
+            + "; ".join(
+                f"{kind}: {', '.join(n for n, v in named.items() if v == kind)}"
+                for kind in dict.fromkeys(named.values())
+            )
+            + "."
+        )
+    unsteady = [r.label for r in done if (coefficient_of_variation(r.runs) or 0) > UNSTABLE]
+    if unsteady:
+        lines.append(f"[bold yellow]Do not count on the speed of {', '.join(unsteady)}: see below.[/]")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------- report
+# Pure: a Benchmark in; lines of rich markup and tables out.
+
+
+def format_3g(value: float | None, scale: float = 1) -> str:
+    """Three significant digits; a dash for the unknown."""
+    if value is None:
+        return "–"
+    value /= scale
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".") if value else "0"
+
+
+def plus_minus(value: float | None, spread: float | None, scale: float = 1) -> str:
+    """A figure and its spread, "24.1 ±0.3"; the spread as fine as the figure."""
+    text = format_3g(value, scale)
+    if value is None or spread is None:
+        return text
+    decimals = len(text.partition(".")[2])
+    return f"{text} ±{spread / scale:.{decimals}f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """ "1 run", "5 runs"."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
+def gib(value: float | None) -> str:
+    return format_3g(value, 2**30)
+
+
+def percent(value: float | None) -> str:
+    return format_3g(value, 0.01)
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min"."""
+    return f"{max(1, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def span_of(interval: tuple[float, float] | None, form: Callable[[float], str]) -> str:
+    """The two ends of a ratio's interval behind a figure; none where the runs differ so much that it says nothing."""
+    return (
+        f" ({form(interval[0])} to {form(interval[1])})"
+        if interval and interval[1] < 10 * interval[0]
+        else ""
+    )
+
+
+def kl_text(q: Quality) -> str:
+    error = q.kl_standard_error
+    return format_3g(q.kl_divergence) + (f" ± {error:.2g}" if error is not None else "")
+
+
+def rate_text(runs: list[Run]) -> str:
+    """The median decode rate and its spread."""
+    rate, variation = decode_rate(runs), coefficient_of_variation(runs)
+    return plus_minus(rate, variation * rate if rate and variation is not None else None)
+
+
+def table(title: str, columns: Iterable[str], rows: list[list[str]], left: int = 1) -> list[Any]:
+    """A title and a table with Markdown borders; the first `left` columns are text, the others numbers."""
+    made = Table(box=box.MARKDOWN, header_style="none")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return [f"[bold]### {title}[/]", made]
+
+
+def bars(values: list[float | None], texts: list[str], best: float | None = None) -> list[str]:
+    """Each text behind a bar of its figure's size; that of the best figure is green."""
+    largest, width, cells = max((v for v in values if v), default=0), max(map(len, texts), default=0), []
+    for value, text in zip(values, texts, strict=True):
+        length = max(1, round(4 * value / largest)) if value else 0
+        style = "green" if value and value == best else "cyan"
+        cells.append(f"[{style}]{'█' * length}[/]{' ' * (4 - length)} {text:>{width}}")
+    return cells
+
+
+def report(benchmark: Benchmark) -> list[Any]:
+    """The whole report of what was measured, a single precision or a comparison."""
+    results = benchmark.results
+    compared = bool(results[0].settings.compare)
+    first = next((r for r in results if r.environment), results[0])
+    headline = recommendation(results) if compared else single_headline(first)
+    alerts = (
+        ["[bold yellow]! Interrupted: this is what had been measured.[/]"] if benchmark.interrupted else []
+    )
+    for r in results:
+        if r.failure:
+            what = "unavailable" if r.unavailable else "FAILED"
+            alerts.append(f"[bold red]{f'{r.label} ' if compared else ''}{what}: {escape(r.failure)}[/]")
+    common = set.intersection(*(set(r.notes) for r in results))
+    named = lambda r, text: (
+        f"{r.label}: {text}" if compared and text in r.notes and text not in common else text
+    )
+    warned = [named(r, text) for r in results for text in warnings_for(r)]
+    warned += comparability_warnings(results) if compared else []
+    for text in dict.fromkeys(warned):
+        loud = re.search(r"BREAKS|NOTHING WAS|AS SHIPPED", text)
+        alerts.append(f"[bold {'red' if loud else 'yellow'}]! {escape(text)}[/]")
+    parts = [
+        heading(first, compared),
+        *headline,
+        "",
+        *hardware(first),
+        *([""] if alerts and first.environment else []),
+        *alerts,
+        "",
+    ]
+    parts += comparison_parts(results) if compared else single_parts(first)
+    parts += expected_table(results) + kernel_lines(results)
+    return [*parts, *(comparison_answers(results) if compared else single_answer(first))]
+
+
+def heading(r: Result, compared: bool) -> str:
+    s, size = r.settings, f", {format_3g(r.parameters, 1e9)} B parameters" if r.parameters else ""
+    form = ("comparison" if compared else r.label) + (", eager and compiled" if s.compile else "")
+    place = f", on {', '.join(r.devices)}" if r.devices else ""
+    return f"[bold]# {escape(s.model_name)}: {form}[/]{size}{place}"
+
+
+def single_headline(r: Result) -> list[str]:
+    """The most important figures in one plain sentence."""
+    if not r.timed_runs or r.weight_bytes is None:
+        return []
+    rate, ttft = decode_rate(r.timed_runs), median(run.ttft_s for run in r.timed_runs)
+    how = " in this script's compiled step" if r.compiled else ""
+    parts = [f"{format_3g(rate)} tokens/s{how}" if rate else "no speed (answers of one token)"]
+    parts.append(f"first token after {format_3g(ttft)} s")
+    parts.append(f"weights {format_3g(r.weight_bytes, 1e6)} MB")
+    if r.settings.weights:
+        unquantized = SHORT_DTYPES.get(r.dtype, "unquantized")
+        parts.append(f"{percent(saving(r))} % less than {unquantized}")
+    return [f"[bold green]{r.label}:[/] {', '.join(parts)}."]
+
+
+def hardware(r: Result) -> list[str]:
+    """Hardware and versions."""
+    machine = {key for key in r.environment if key in ("cpu", "ram") or key in r.devices}
+    versions = [f"{key} {text}" for key, text in r.environment.items() if key not in machine]
+    parts = "; ".join(text for key, text in r.environment.items() if key in machine)
+    return [escape(line) for line in (parts, ", ".join(versions)) if line]
+
+
+def single_parts(r: Result) -> list[Any]:
+    """The tables of one configuration."""
+    parts = []
+    if r.compiled and r.compiled.runs:
+        parts += speed_table(r, r.compiled.runs, r.compiled) + runs_table(r, r.compiled.runs)
+        ratio = compiled_ratio(r)
+        parts += [
+            f"Eager, {plural(len(r.runs), 'run')}: {rate_text(r.runs)} tokens/s; compiled over eager: {ratio}.",
+            "",
+        ]
+    elif r.runs:
+        parts += speed_table(r, r.runs, None) + runs_table(r, r.runs)
+    parts += memory_table(r) if r.memory else []
+    return parts + weight_lines(r)
+
+
+def compiled_ratio(r: Result) -> str:
+    """The compiled step's speed over the eager model's."""
+    eager, compiled = decode_rate(r.runs), decode_rate(r.compiled.runs)
+    return f"{format_3g(compiled / eager)} times" if eager and compiled else "–"
+
+
+def speed_table(r: Result, runs: list[Run], compiled: Compiled | None) -> list[Any]:
+    """Median, spread and extremes of the timed runs."""
+    measures = {
+        "decode tokens/s": [run.decode_tokens_per_s for run in runs],
+        "TTFT ms": [run.ttft_s * 1000 for run in runs],
+        "latency s": [run.latency_s for run in runs],
+        "tokens/s of the whole call": [run.tokens_per_s for run in runs],
+    }
+    rows = []
+    for name, values in measures.items():
+        if known := [v for v in values if v is not None]:
+            shown = (
+                rate_text(runs) if name == "decode tokens/s" else plus_minus(median(known), deviation(known))
+            )
+            rows.append([name, shown, format_3g(min(known)), format_3g(max(known))])
+    gaps = [gap for run in runs for gap in run.inter_token_s]
+    single = (
+        {f"inter-token ms p{p}": format_3g(percentile(gaps, p), 0.001) for p in (50, 90, 99)} if gaps else {}
+    )
+    if rates := pace(runs):
+        single["pace: first and last tenth, tokens/s"] = " → ".join(map(format_3g, rates))
+    prefill = plus_minus(r.prefill_tokens_per_s, deviation(r.prefill_rates))
+    used = compiled.bandwidth_utilization if compiled else r.bandwidth_utilization
+    single |= {
+        f"prefill tokens/s ({r.prefill_tokens or PREFILL_TOKENS} tokens)": prefill,
+        "memory bandwidth measured GB/s": format_3g(min(r.memory_bytes_per_s.values(), default=None), 1e9),
+        "share of it that decode uses % (MBU)": percent(used),
+    }
+    if (joules := joules_per_token(runs)) is not None:
+        single["joules a token"] = format_3g(joules)
+    rows += [[name, value, "", ""] for name, value in single.items()]
+    title = f"Speed: {plural(len(runs), 'timed run')}, {runs[0].prompt_tokens} prompt tokens"
+    if compiled:
+        title = title.replace("Speed", "Speed of this script's compiled decode step")
+        title += f"; {compiled.way}, {plural(compiled.graphs, 'graph')} in {format_3g(compiled.seconds)} s"
+        title += f", {plural(compiled.recompilations, 'recompilation')}"
+    return table(title, ("", "median", "min", "max"), rows)
+
+
+def runs_table(r: Result, runs: list[Run]) -> list[Any]:
+    """A line a run."""
+    columns = ("run", "ended by", "tokens", "TTFT ms", "decode tok/s", "latency s", "J")
+    rows = []
+    times = f" x{len(r.warmup)}" if len(r.warmup) > 1 else ""
+    warm = [(f"warm{times}", w) for w in r.warmup[-1:]]
+    for name, run in warm + [(str(i + 1), run) for i, run in enumerate(runs)]:
+        ended = "–" if name.startswith("warm") else run.stop_reason
+        joules = sum(run.energy_j.values()) if run.energy_j and run.latency_s >= 1 else None
+        rest = format_3g(run.decode_tokens_per_s), format_3g(run.latency_s), format_3g(joules)
+        rows.append([name, ended, str(run.generated_tokens), format_3g(run.ttft_s, 0.001), *rest])
+    used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
+    return table(f"Runs ({used})", columns, rows, left=2)
+
+
+def memory_table(r: Result) -> list[Any]:
+    """Every phase of memory, a row each kind."""
+    phases = ("before load", "after load", "peak of load", "peak of runs")
+    names = {
+        name: name.replace("used", "used by all").replace("rss", "process RSS")
+        for name in r.memory[phases[0]]
+    }
+    rows = [[shown, *(gib(r.memory.get(p, {}).get(name)) for p in phases)] for name, shown in names.items()]
+    return table("Memory", ("GiB", *phases), rows)
+
+
+def weight_lines(r: Result) -> list[str]:
+    """The weights in two sentences."""
+    if r.weight_bytes is None:
+        return []
+    kinds = ", ".join(f"{count} {kind}" for kind, count in r.weight_types.items())
+    skipped = (
+        f"; {plural(r.skipped_layers, 'layer')} with a forward of its own left alone"
+        if r.skipped_layers
+        else ""
+    )
+    return [
+        (
+            f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/] ({gib(r.weight_bytes)} GiB); unquantized "
+            f"{r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved. Loaded in {format_3g(r.load_s)} s."
+        ),
+        f"Quantized: {r.quantized_layers} of {r.linear_layers} linear layers{f' ({kinds})' if kinds else ''}{skipped}.",
+        "",
+    ]
+
+
+def row_label(r: Result) -> str:
+    """A row's name, marked if it failed or was not finished."""
+    return f"{r.label} [red]✗[/]" if r.failure else r.label if r.complete else f"{r.label} [yellow]…[/]"
+
+
+def comparison_parts(results: list[Result]) -> list[Any]:
+    parts = comparison_speed(results)
+    if any(r.compiled for r in results):
+        parts += comparison_speed(results, compiled=True)
+    return parts + comparison_memory(results) + comparison_quality(results)
+
+
+def comparison_speed(results: list[Result], compiled: bool = False) -> list[Any]:
+    """A comparison's speeds, eager or in the compiled step."""
+    runs_of = {
+        r.name: r.compiled.runs if compiled and r.compiled else [] if compiled else r.runs for r in results
+    }
+    rates, rows = {name: decode_rate(runs) for name, runs in runs_of.items()}, []
+    base = next((r for r in results if rates[r.name] and r.name == "none"), None)
+    energy = compiled and any(joules_per_token(runs) for runs in runs_of.values())
+    best = max((rate for rate in rates.values() if rate), default=None)
+    drawn = bars(list(rates.values()), [rate_text(runs) for runs in runs_of.values()], best)
+    for r, cell in zip(results, drawn, strict=True):
+        rate, runs = rates[r.name], runs_of[r.name]
+        ttft = [run.ttft_s for run in runs]
+        row = [row_label(r), cell]
+        if base:
+            row += [format_3g(rate / rates["none"]) if rate and r.devices == base.devices else "–"]
+        if compiled:
+            used, eager = (
+                (r.compiled.bandwidth_utilization, decode_rate(r.runs)) if r.compiled else (None, None)
+            )
+            row += [format_3g(rate / eager) if rate and eager else "–"]
+            row += [format_3g(r.compiled.seconds) if r.compiled else "–", percent(used)]
+            row += [format_3g(joules_per_token(runs))] if energy else []
+        else:
+            row += [plus_minus(r.prefill_tokens_per_s, deviation(r.prefill_rates))]
+            row += [plus_minus(median(ttft), deviation(ttft), 0.001), percent(r.bandwidth_utilization)]
+        rows.append(row)
+    columns = ["weights", "decode tok/s", *(["speed-up"] if base else [])]
+    columns += ["x eager", "compile s", "MBU %"] if compiled else ["prefill", "TTFT ms", "MBU %"]
+    counts = sorted({len(runs) for runs in runs_of.values() if runs} or {0})
+    tokens = max((run.generated_tokens for runs in runs_of.values() for run in runs), default=0)
+    title = "This script's compiled decode step" if compiled else "Speed, eager"
+    title += f": medians of {f'{counts[0]} to ' * (len(counts) > 1)}{plural(counts[-1], 'run')} of {tokens} new tokens"
+    return table(title, [*columns, *(["J/tok"] if energy else [])], rows)
+
+
+def comparison_memory(results: list[Result]) -> list[Any]:
+    """A comparison's memory; and the eager runs' energy, for which the table of their speeds has no room."""
+    sizes, peaks, rows = [r.weight_bytes for r in results], [peak_bytes(r) for r in results], []
+    kinds = {kind for size, kind in peaks if size}
+    joules = [joules_per_token(r.runs) for r in results]
+    for i, (r, drawn) in enumerate(zip(results, bars(sizes, [*map(gib, sizes)]), strict=True)):
+        size, kind = peaks[i]
+        peak = gib(size) + (f" {kind}" if size and len(kinds) > 1 else "")
+        rows.append([row_label(r), drawn, percent(saving(r)), peak] + [format_3g(joules[i])] * any(joules))
+    title = f"Memory in GiB (peak of runs: {' or '.join(sorted(kinds)) or 'unknown'})"
+    columns = ["weights", "stored", "saved %", "peak", *["eager J/tok"] * any(joules)]
+    return table(title, columns, rows)
+
+
+def comparison_quality(results: list[Result]) -> list[Any]:
+    """How far each precision's answers are from the reference's."""
+    colours = {"kept": "green", "changed": "yellow", "broken": "bold red", "reference": "dim", "–": "dim"}
+    rows, positions = [], max((r.quality.positions for r in results if r.quality), default=0)
+    for r in results:
+        q, said = r.quality, "reference" if r.is_reference else verdict(r)
+        share = f"{q.same_top_token * 100:.0f} ({q.low * 100:.0f}–{q.high * 100:.0f})" if q else "–"
+        kl = [kl_text(q), format_3g(q.kl_p99)] if q else ["–", "–"]
+        rows.append([row_label(r), *kl, share, f"[{colours.get(said, 'yellow')}]{said}[/]"])
+    title = f"Answers against {reference_of(results)}'s, {plural(positions, 'token')}"
+    if not any(r.is_reference and r.name == "none" for r in results):
+        title += ", the most precise one that ran"
+    columns = ("weights", "KL nats", "KL p99", "same top token %", "answers")
+    return table(title, columns, rows) if positions else []
+
+
+def expected_table(results: list[Result]) -> list[Any]:
+    """What introductions to Quanto tell users to expect, against what was measured here."""
+    rows, marks = expectations(results), {"met": "[green]✓ met[/]", "not met": "[red]✗ not met[/]"}
+    if not rows:
+        return []
+    shown = [[row[0], row[1], row[2], marks.get(row[3], f"[yellow]? {row[3]}[/]")] for row in rows]
+    title = "Expected of Quanto, and measured"
+    explained = reasons(results, rows)
+    return [
+        *table(title, ("expected", "of", "measured", "verdict"), shown, left=4),
+        *explained,
+        *([""] if explained else []),
+    ]
+
+
+def kernel_lines(results: list[Result]) -> list[Any]:
+    """Which matrix products one eager decode step really called, and what Quanto as shipped would do here."""
+    lines = []
+    for r in results:
+        if r.kernels:
+            calls = ", ".join(f"{count} {name}" for name, count in r.kernels.items())
+            lines.append(f"{r.label}: {escape(calls)}")
+    defects = dict.fromkeys(f"{r.label}: {text}" for r in results for text in r.defects)
+    lines += [escape(text) for text in defects]
+    return ["[bold]### Kernels of one eager decode step[/]", "", *lines, ""] if lines else []
+
+
+def answer_of(r: Result, most: int) -> str:
+    text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())
+    return text[:most].rstrip("\ufffd")  # half a character, cut by the end
+
+
+def single_answer(r: Result) -> list[Any]:
+    text = answer_of(r, 400)
+    return ["[bold]### The first answer begins[/]", "", f"> {escape(text)}"] if text else []
+
+
+def comparison_answers(results: list[Result]) -> list[Any]:
+    """The beginning of each precision's first answer."""
+    rows = [[r.label, escape(answer_of(r, 200))] for r in results if answer_of(r, 200)]
+    return table("The first answers begin", ("weights", "answer"), rows, left=2) if rows else []
+
+
+def file_facts(benchmark: Benchmark) -> dict[str, Any]:
+    """What a file's figures depend on: date, script, devices, versions and settings."""
+    first = next((r for r in benchmark.results if r.environment), benchmark.results[0])
+    known = {"date": benchmark.date, "qwquanto": benchmark.version, "devices": ", ".join(first.devices)}
+    settings = {key.upper(): value for key, value in dataclasses.asdict(first.settings).items()}
+    for own in ("WEIGHTS", "RESULTS", "REPORT"):
+        del settings[own]
+    return known | first.environment | settings
+
+
+def file_rows(name: str, r: Result, base: Result) -> list[list[str]]:
+    """Rows of a saved result, eager and compiled; in brackets how each figure stands to base's.
+
+    Bandwidths widen the interval of the speeds on one machine alone: between two, they are the difference itself.
+    """
+    widened = distortion(r, base) if hardware(r)[:1] == hardware(base)[:1] else 1.0
+    (peak, kind), (before, base_kind) = peak_bytes(r), peak_bytes(base)
+    beside = lambda text, how: f"{text} ({how})" if how and r is not base else text
+
+    def speed(runs: list[Run], others: list[Run]) -> str:
+        ratio = ratio_interval(runs, others, widened)
+        near = ratio and ratio[0] <= 1 <= ratio[1]
+        return beside(rate_text(runs), "about the same" if near else span_of(ratio, format_3g)[2:-1])
+
+    memory = beside(gib(peak), format_3g(peak / before) if peak and before and kind == base_kind else "")
+    kl = kl_text(r.quality) if r.quality else "–"
+    if r.quality and base.quality and r.quality.reference == base.quality.reference:
+        (low, high), (least, most) = kl_interval(r.quality), kl_interval(base.quality)
+        kl = beside(kl, "less" if high < least else "more" if low > most else "about the same")
+    rows = [[f"{name} {row_label(r)}", speed(r.runs, base.runs), gib(r.weight_bytes), memory, kl]]
+    if r.compiled:
+        compiled = speed(r.compiled.runs, base.compiled.runs if base.compiled else [])
+        rows.append([f"{name} {r.label} compiled", compiled, "", "", ""])
+    return rows
+
+
+def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
+    """What differs between saved files, and a table of their results."""
+    names = [Path(file).stem for file in files]
+    names = [escape(name) for name in (names if len(set(names)) == len(names) else files)]
+    facts, lines = [file_facts(b) for b in benchmarks], []
+    for key in dict.fromkeys(key for known in facts for key in known):
+        values = [escape(str(known.get(key, "–"))) for known in facts]
+        if len(set(values)) > 1:
+            lines.append(f"{key}: {'; '.join(map(' '.join, zip(names, values, strict=True)))}")
+    first, rows = {r.name: r for r in benchmarks[0].results}, []
+    other = benchmarks[0].results[0]
+    for name, benchmark in zip(names, benchmarks, strict=True):
+        for r in benchmark.results:
+            rows += file_rows(name, r, first.get(r.name, other))
+    lacking = any(r.name not in first for b in benchmarks for r in b.results)
+    title = f"In brackets: times the same precision of {names[0]}" + f", or its {other.label}" * lacking
+    columns = ("result", "decode tok/s", "weights GiB", "peak GiB", "KL nats")
+    heading = "[bold]# Saved results, and what differs between them[/]"
+    return [heading, "", *lines, "", *table(title, columns, rows, left=5)]
+
+
+def render(parts: list[Any], file: Any) -> None:
+    """Print a report: coloured and wrapped in a terminal, uncut anywhere else."""
+    console = Console(file=file, highlight=False, emoji=False)  # an answer's :key: is no emoji
+    console.width = console.width if console.is_terminal else 100_000
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n", file=file)
+
+
+def save_report(parts: list[Any], path: str, title: str) -> None:
+    """The report as a picture (.svg) or a page (.html)."""
+    console = Console(record=True, width=110, file=open(os.devnull, "w"), highlight=False, emoji=False)  # noqa: SIM115
+    for part in parts:
+        console.print(part)
+    if path.endswith(".svg"):
+        console.save_svg(path, title=title)
+    else:
+        console.save_html(path)
+
+
+# --------------------------------------------------------------------------------------------------- workers
+
+
+class Interruption:
+    """Ctrl-C, SIGTERM or SIGHUP, remembered: nothing is raised anywhere, the worker is ended, and its figures stand."""
+
+    def __init__(self) -> None:
+        self.seen, self.process = False, None
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), self)
+
+    def __call__(self, *_: Any) -> None:
+        self.seen = True
+        if self.process:
+            kill_group(self.process)
+
+    def watch(self, process: subprocess.Popen) -> None:
+        """The process that an interruption ends from now on; at once, if it came before."""
+        self.process = process
+        if self.seen:
+            kill_group(process)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """End a worker and all that it started."""
+    with contextlib.suppress(OSError):  # it may have ended by itself
+        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+
+
+class View:
+    """Progress on standard error: lines that stay and, on a terminal, a status with the time that it takes."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, emoji=False)
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+        # half of rich's own rate: drawing takes half a millisecond from the runs each time
+        options = {"transient": True, "refresh_per_second": 5, "disable": not self.console.is_terminal}
+        self.progress = Progress(*columns, console=self.console, **options)
+        self.task, self.prefix = self.progress.add_task("starting"), ""
+
+    def log(self, text: str) -> None:
+        self.console.print(self.prefix + text, markup=False, soft_wrap=True)
+
+    def status(self, text: str, fraction: float | None = None) -> None:
+        drawn = f"{'█' * round(10 * fraction):░<10} " if fraction is not None else ""
+        self.progress.update(self.task, description=drawn + self.prefix + text)
+
+
+def read_lines(stream: Any, lines: queue.Queue) -> None:
+    """Everything that a worker says, then None."""
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def start_worker(
+    job: dict[str, Any], errors: Any, stop: Interruption
+) -> tuple[subprocess.Popen, queue.Queue]:
+    """This script once more, as a worker in a session of its own, which Ctrl-C does not reach; and what it says."""
+    quiet = {
+        "PYTHONWARNINGS": "ignore",
+        "TRANSFORMERS_VERBOSITY": "critical",
+        "TOKENIZERS_PARALLELISM": "false",
+        "KINETO_LOG_LEVEL": "6",  # torch's profiler, whose lines would pass for the last words of a crash
+    }
+    new_group = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
+        stderr=None if job["debug"] else errors, env=({} if job["debug"] else quiet) | os.environ, **new_group,
+    )  # fmt: skip
+    stop.watch(process)
+    lines: queue.Queue = queue.Queue()
+    threading.Thread(target=read_lines, args=(process.stdout, lines), daemon=True).start()
+    with contextlib.suppress(OSError):  # it has died already, and says how
+        # left open: its end tells the worker that this process is gone
+        os.write(process.stdin.fileno(), (json.dumps(job) + "\n").encode())
+    return process, lines
+
+
+def follow(
+    lines: queue.Queue, result: Result, view: View, save: Callable[[Result], None]
+) -> tuple[Result, str | None]:
+    """Pass on what a worker says until it ends: its last Result, and a failure if it fell silent instead."""
+    step, limit, heard = "importing torch and transformers", SILENCE_S, time.monotonic()
+    view.status(step)
+    while True:
+        try:
+            line = lines.get(timeout=0.5)
+        except queue.Empty:
+            silent, ended = time.monotonic() - heard, result.complete or result.failure
+            if ended and silent > EXIT_S:
+                return result, None
+            if not ended and limit is not None and silent > limit:
+                return result, f"said nothing for {duration(limit)} while {step}, and was ended"
+            continue
+        if line is None:
+            return result, None
+        heard = time.monotonic()
+        try:
+            message = json.loads(line)
+        except ValueError:  # it was killed in the middle of a line
+            continue
+        if "result" in message:
+            result = result_from(message["result"])
+            save(result)
+        elif "log" in message:
+            view.log(message["log"])
+        else:
+            step, limit = message["status"], message["timeout_s"]
+            view.status(step, message["fraction"])
+
+
+def run_worker(
+    s: Settings,
+    reference: str | None,
+    view: View,
+    save: Callable[[Result], None],
+    stop: Interruption,
+    debug: bool,
+) -> Result:
+    """Measure one precision in a process of its own; `save` gets its Result whenever it has grown.
+
+    However the process ends, the Result holds what it had said, and one line about the end if it was no good one. A
+    Result marked complete is complete whatever the process does afterwards.
+    """
+    job = {"settings": dataclasses.asdict(s), "reference": reference, "debug": debug}
+    job["on_terminal"] = view.console.is_terminal
+    with tempfile.TemporaryFile() as errors:
+        process, lines = start_worker(job, errors, stop)
+        result, failure = follow(lines, Result(s), view, save)
+        if not (failure or result.complete or result.failure):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(EXIT_S)
+        kill_group(process)
+        code = process.wait()
+        stop.process = None
+        errors.seek(0)
+        said = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+    if not result.complete and not stop.seen:
+        result.failure = result.failure or failure or describe_exit(code, *said)
+        save(result)
+    return result
+
+
+def describe_exit(code: int, said: str = "") -> str:
+    """A worker's exit code in words, with the last line that it wrote to standard error."""
+    if "No module named" in said:
+        return f"{said}: pip install -r requirements.txt"
+    said = f" ({said[:300]})" if said else ""
+    if code >= 0:
+        return f"its process ended with exit code {code}{said}"
+    name = signal.Signals(-code).name
+    return f"its process was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else said)
+
+
+def measure_all(
+    s: Settings, save: Callable[[Result], None], view: View, stop: Interruption, debug: bool
+) -> None:
+    """Measure each precision in a worker of its own, the unquantized model first; or the one that is asked for."""
+    if not s.compare:
+        run_worker(s, None, view, save, stop, debug)
+        return
+    names, began = sorted((p or "none" for p in s.compare), key=PRECISIONS.index), time.monotonic()
+    both = " eager, and the same of the compiled step" if s.compile else ""
+    view.log(
+        f"{', '.join(names)}: {plural(s.runs, 'run')} each{both}; how long it takes is told after the first"
+    )
+    with tempfile.TemporaryDirectory(prefix="qwquanto-") as reference:
+        for i, name in enumerate(names):
+            view.prefix = ""
+            rest = f", about {duration((time.monotonic() - began) / i * (len(names) - i))} to go" if i else ""
+            view.log(f"{name} ({i + 1} of {len(names)}{rest})")
+            view.prefix = f"{name}: "
+            mine = dataclasses.replace(s, weights=None if name == "none" else name)
+            result = run_worker(mine, reference, view, save, stop, debug)
+            if stop.seen or result.concerns_all:
+                return
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+
+def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
+    """Print the report and save its picture; what could not be written."""
+    out = sys.stderr if s.results == "-" else sys.stdout
+    problems = []
+    if any(r.memory for r in benchmark.results):
+        parts = report(benchmark)
+        render(parts, out)
+        if s.report:
+            try:
+                save_report(parts, s.report, f"python qwquanto.py, {s.model_name}")
+            except OSError as error:
+                problems.append(f"cannot write {s.report}: {error.strerror or error}")
+    else:
+        problems += dict.fromkeys(r.failure for r in benchmark.results if r.failure)
+    if s.results == "-":
+        print(to_json(benchmark))
+    sys.stdout.flush()
+    return problems
+
+
+def show(files: list[str]) -> int:
+    """The reports of saved results: of one file as it was printed, of several as one table."""
+    benchmarks = []
+    for file in files:
+        try:
+            benchmarks.append(from_json(Path(file).read_text(encoding="utf-8")))
+            if not benchmarks[-1].results:
+                raise Failure("holds no results")
+        except (OSError, UnicodeDecodeError, Failure) as error:
+            print(f"qwquanto: {file}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            return 2
+    render(report(benchmarks[0]) if len(files) == 1 else files_report(files, benchmarks), sys.stdout)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 1 for a failure, 2 for impossible settings, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        # the report has Chinese and bars, whatever the locale
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    s, args = parse(argv)
+    if args.show:
+        return show(args.show)
+    if problems := check(s):
+        print(*(f"qwquanto: {problem}" for problem in problems), sep="\n", file=sys.stderr)
+        return 2
+    stop, benchmark, unwritten = Interruption(), Benchmark([]), []
+
+    def save(result: Result | None = None) -> None:
+        """Take a Result in place of its former self, and write them all."""
+        if result:
+            benchmark.results[:] = [r for r in benchmark.results if r.name != result.name] + [result]
+        if s.results in (None, "-") or not benchmark.results:
+            return
+        try:
+            write_results(s.results, benchmark)
+            unwritten.clear()
+        except OSError as error:
+            unwritten[:] = [f"cannot write {s.results}: {error.strerror or error}"]
+
+    view = View()
+    with view.progress:
+        try:
+            measure_all(s, save, view, stop, args.debug)
+        except OSError as error:
+            unwritten.append(
+                f"cannot use the temporary folder {tempfile.gettempdir()}: {error.strerror or error}"
+            )
+    benchmark.interrupted = stop.seen
+    save()
+    problems = print_report(s, benchmark) + unwritten
+    if stop.seen:
+        measured = any(r.memory for r in benchmark.results)
+        problems.append("interrupted" + ("; the report holds what was finished" if measured else ""))
+    for problem in problems:
+        print(f"qwquanto: {problem}", file=sys.stderr)
+    failed = any(r.failure and not (r.unavailable and s.compare) for r in benchmark.results)
+    return 130 if stop.seen else int(bool(problems) or failed)
+
+
+if __name__ == "__main__" and "--worker" not in sys.argv:
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # `| head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
+
+# ===========================================================================================================
+# PART 2: the worker. Loads and measures one precision, and says all it learns to the program, a line of JSON each.
+# ===========================================================================================================
+
+CHANNEL = None  # where a worker speaks; nowhere, if this file is imported
+STEP_TIMEOUT_S: float | None = SILENCE_S  # of the step under way, see `step`
+
+
+def listen_to_parent(jobs: queue.Queue) -> None:
+    """Hand on the job, then wait for the parent's end: no orphan keeps a GPU."""
+    if line := sys.stdin.readline():
+        jobs.put(json.loads(line))
+    sys.stdin.read()
+    if os.name == "posix":
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    # standard output becomes the channel, and whatever a library prints goes to standard error
+    CHANNEL = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    JOBS: queue.Queue = queue.Queue()
+    threading.Thread(target=listen_to_parent, args=(JOBS,), daemon=True).start()
+
+import collections
+import concurrent.futures
+import ctypes
+import platform
+import shutil
+import traceback
+import types
+import warnings
+from importlib.metadata import version
+
+import huggingface_hub
+import numpy as np
+import optimum.quanto
+import psutil
+import pynvml
+import safetensors
+import torch
+import transformers
+from optimum.quanto.library import qbytes_mm
+from optimum.quanto.library.extensions import extension
+from optimum.quanto.tensor.optimizers import AbsmaxOptimizer
+from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
+from optimum.quanto.tensor.weights.qbytes import WeightQBytesTensor
+from optimum.quanto.tensor.weights.tinygemm.qbits import (
+    TinyGemmQBitsLinearFunction,
+    TinyGemmWeightQBitsTensor,
+)
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, QuantoConfig, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.base import get_keys_to_not_convert
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU that Triton knows
+    triton = None
+
+# A warm-up run ends when it has had both, and warm-up only after so many seconds: a GPU machine is slow at first.
+WARMUP_TOKENS, WARMUP_S = 16, 5
+CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
+TORCH_COMPILE_PAIRS, TORCH_COMPILE_S = (
+    5,
+    300,
+)  # of torch.compile(model) as written; for the day when it compiles
+ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
+QWEN2_5_3B = {  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs no network
+    "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "max_window_layers": 36,
+    "use_sliding_window": False, "bos_token_id": 151643, "eos_token_id": 151643, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def send(**message: Any) -> None:
+    """A line to the program."""
+    if CHANNEL:
+        CHANNEL.write(json.dumps(message) + "\n")
+        CHANNEL.flush()
+
+
+def log(text: str) -> None:
+    """A line of progress for good."""
+    send(log=text)
+
+
+def status(text: str, fraction: float | None = None) -> None:
+    """A line of progress that the next one replaces; `fraction` of the work is done."""
+    send(status=text, fraction=fraction, timeout_s=STEP_TIMEOUT_S)
+
+
+def save(result: Result) -> None:
+    """Hand on what has been measured so far, so that nothing of it can be lost."""
+    send(result=dataclasses.asdict(result))
+
+
+@contextlib.contextmanager
+def step(doing: str, timeout_s: float | None = SILENCE_S) -> Iterator[None]:
+    """A part of the measurement: its status line, how long it may say nothing, and the place of an error within."""
+    global STEP_TIMEOUT_S
+    STEP_TIMEOUT_S = timeout_s
+    status(doing)
+    try:
+        yield
+    except Exception as error:
+        error.step = getattr(error, "step", doing)
+        raise
+
+
+# --------------------------------------------------------------------------------------------------- devices
 
 
 def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
@@ -319,16 +1713,14 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
 
     Raises Failure where the wanted device does not exist or does not work.
     """
-    import torch
-
-    notes, seen = [], nvml_names()
-    if seen and not torch.cuda.is_available() and wanted != "cpu":
+    notes, names = [], nvml_names()
+    if names and not torch.cuda.is_available() and wanted != "cpu":
         reason = "the driver is too old for it, or CUDA_VISIBLE_DEVICES hides the GPU"
         if torch.version.cuda is None:
             index = "https://download.pytorch.org/whl/cu130"
             reason = f"install a CUDA build, pip install torch --index-url {index}"
         torch_here = f"this torch ({torch.__version__})"
-        notes.append(f"NVIDIA's driver sees {seen[0]}, but {torch_here} cannot use it: {reason}")
+        notes.append(f"NVIDIA's driver sees {names[0]}, but {torch_here} cannot use it: {reason}")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     mps = ["mps"] if torch.backends.mps.is_available() else []
     if wanted == "auto":
@@ -349,20 +1741,17 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
     raise Failure(notes[-1])
 
 
-def busy_note() -> list[str]:
+def busy_note(when: str) -> list[str]:
     """A note if other programs use the processor: decode beside one was a hundred times slower, and steadily so."""
-    import psutil
-
     busy = psutil.cpu_percent(0.5)  # this process sleeps meanwhile
-    return (
-        [f"other programs use {busy:.0f} % of the processor: the speeds are too low"] if busy > BUSY else []
-    )
+    if busy <= CPU_BUSY_PERCENT:
+        return []
+    share = 50 if busy > 50 else CPU_BUSY_PERCENT  # a round figure, so that all precisions say the same
+    return [f"other programs used over {share} % of the processor {when}: the speeds are too low"]
 
 
 def nvml_names() -> list[str]:
     """Names of the GPUs that NVIDIA's driver sees; empty without driver."""
-    import pynvml
-
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
@@ -373,9 +1762,6 @@ def nvml_names() -> list[str]:
 
 def nvml_handles(devices: list[str]) -> tuple[dict[str, Any], list[str]]:
     """NVML's handle of each CUDA device, and notes. By UUID: CUDA_VISIBLE_DEVICES renumbers, NVML does not."""
-    import pynvml
-    import torch
-
     handles, notes = {}, []
     for device in devices:
         if device.startswith("cuda"):
@@ -393,56 +1779,42 @@ def nvml_handles(devices: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def device_memory_used(handle: Any) -> int:
     """Bytes in use by all programs, as nvidia-smi tells it: version 1 of NVML's call counts the driver's reserve too."""
-    import pynvml
-
     return pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).used
 
 
 def energy_j(handles: dict[str, Any]) -> dict[str, float]:
     """Joules that each GPU has used since its driver was loaded (Volta and newer); empty where it does not count."""
-    import pynvml
-
     try:
         return {d: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 for d, handle in handles.items()}
     except pynvml.NVMLError:
         return {}
 
 
-def synchronizer(devices: list[str]) -> Callable[[], None]:
-    """A function that waits for all work on all devices."""
-    import torch
+def synchronize(devices: list[str]) -> None:
+    """Wait for all work on all devices."""
+    for device in devices:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        elif device == "mps":
+            torch.mps.synchronize()
 
-    gpus = [torch.device(d) for d in devices if d.startswith("cuda")]
-    if gpus:
-        return lambda: [torch.cuda.synchronize(gpu) for gpu in gpus] and None
-    return torch.mps.synchronize if devices == ["mps"] else lambda: None
 
-
-def environment(devices: list[str], handles: dict[str, Any]) -> dict[str, str]:
+def describe_environment(devices: list[str], handles: dict[str, Any]) -> dict[str, str]:
     """Hardware and versions: a benchmark's are part of its result."""
-    import platform
-    from importlib.metadata import version
-
-    import psutil
-    import torch
-
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         named = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         cpu = named[0] if named else cpu
-    told = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
-    told["ram"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
+    info = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    info["ram"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
     for device in devices:
         if device.startswith("cuda"):
-            told[device] = f"{torch.cuda.get_device_name(device)}, {memory_of(device)[1] / 2**30:.1f} GiB"
+            info[device] = f"{torch.cuda.get_device_name(device)}, {memory_of(device)[1] / 2**30:.1f} GiB"
     if handles:
-        import pynvml
-
-        told["driver"] = pynvml.nvmlSystemGetDriverVersion()
-    told |= {"os": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
+        info["driver"] = pynvml.nvmlSystemGetDriverVersion()
+    info |= {"os": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
     packages = ("torch", "transformers", "optimum-quanto", "accelerate")
-    told |= {package: version(package) for package in packages} | {"torch": torch.__version__}
-    return told
+    return info | {package: version(package) for package in packages} | {"torch": torch.__version__}
 
 
 def memory_bandwidth(device: str, size: int = 2**30) -> float:
@@ -450,19 +1822,16 @@ def memory_bandwidth(device: str, size: int = 2**30) -> float:
 
     `size` bytes, far beyond any cache; the best of several, since every disturbance only slows.
     """
-    import torch
-
-    synchronize = synchronizer([device])
     size = min(size, memory_of(device)[0] // 8)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     best = 0.0
     for moved, job in ((2 * source.nbytes, lambda: target.copy_(source)), (source.nbytes, source.sum)):
         for _ in range(8):
-            synchronize()
+            synchronize([device])
             begin = time.perf_counter()
             job()
-            synchronize()
+            synchronize([device])
             best = max(best, moved / (time.perf_counter() - begin))
     return best
 
@@ -472,9 +1841,6 @@ def memory_bandwidth(device: str, size: int = 2**30) -> float:
 
 def memory_of(device: str) -> tuple[int, int]:
     """Bytes that can still be taken on a device, and all it has: its own memory, or the computer's."""
-    import psutil
-    import torch
-
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)
     return psutil.virtual_memory().available, psutil.virtual_memory().total
@@ -482,43 +1848,36 @@ def memory_of(device: str) -> tuple[int, int]:
 
 def snapshot(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
     """Bytes at this moment: "rss" of this process, and "cuda:0 allocated", "… reserved", "… used" (whole device)."""
-    import torch
-
-    told = {}
+    seen = {}
     for device in devices:
         if device.startswith("cuda"):
-            told[f"{device} allocated"] = torch.cuda.memory_allocated(device)
-            told[f"{device} reserved"] = torch.cuda.memory_reserved(device)
-    return told | without_peak(devices, handles)
+            seen[f"{device} allocated"] = torch.cuda.memory_allocated(device)
+            seen[f"{device} reserved"] = torch.cuda.memory_reserved(device)
+    return seen | sampled_memory(devices, handles)
 
 
-def without_peak(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
-    """The part of a `snapshot` of which nobody keeps the peak."""
-    import psutil
-    import torch
-
-    told = {f"{device} used": device_memory_used(handles[device]) for device in devices if device in handles}
+def sampled_memory(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
+    """The part of a `snapshot` whose peak must be sampled, since neither torch nor the system keeps it."""
+    seen = {f"{device} used": device_memory_used(handles[device]) for device in devices if device in handles}
     if devices == ["mps"]:
-        told["mps allocated"] = torch.mps.current_allocated_memory()
-        told["mps reserved"] = torch.mps.driver_allocated_memory()
-    return told | {"rss": psutil.Process().memory_info().rss}
+        seen["mps allocated"] = torch.mps.current_allocated_memory()
+        seen["mps reserved"] = torch.mps.driver_allocated_memory()
+    return seen | {"rss": psutil.Process().memory_info().rss}
 
 
-@contextmanager
+@contextlib.contextmanager
 def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callable[[], dict[str, int]]]:
-    """Watches memory within the block; the function it yields tells the peaks so far, as `snapshot` does.
+    """Watches memory within the block; the function it yields gives the peaks so far, named as in `snapshot`.
 
     torch's own CUDA peaks are exact. RSS, NVML and MPS keep no peak: a thread looks ten times a second.
     """
-    import torch
-
     gpus = [device for device in devices if device.startswith("cuda")]
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
     seen, ended = snapshot(devices, handles), threading.Event()
 
     def look() -> None:
-        for name, value in without_peak(devices, handles).items():
+        for name, value in sampled_memory(devices, handles).items():
             seen[name] = max(seen.get(name, 0), value)
 
     def watch() -> None:
@@ -559,64 +1918,456 @@ def stored_bytes(tensors: Iterable) -> int:
     return sum({(str(p.device), p.data_ptr()): p.nbytes for p in plain}.values())
 
 
-# ----------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------ getting the model
 
 
-def fetch(s: Settings) -> str | None:
-    """The local folder of the model's files, downloaded if need be: the only place that touches the network.
+class ByteCounter(tqdm):
+    """Counts and draws nothing. huggingface_hub has a bar for bytes received and one for bytes written."""
 
-    None for the built-in configuration. Raises Failure with what the Hub said and the ways on.
+    bars: ClassVar[list[ByteCounter]] = []
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"disable": True})
+        self.bytes = 0
+        if options.get("unit") == "B":  # another one counts files
+            self.bars.append(self)
+
+    def update(self, n: float | None = 1) -> None:
+        self.bytes += int(n or 0)
+
+
+def format_size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def files_to_download(names: list[str], with_weights: bool) -> list[str]:
+    """Of a repository's files those that from_pretrained reads. Raises Failure where they make no model."""
+    top = [name for name in names if "/" not in name]
+    small = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".spm", ".vocab", ".bpe")
+    chosen = [name for name in top if name.endswith(small)]
+    if "config.json" in top and not with_weights:
+        return chosen
+    shards = {
+        "model.safetensors": r"(?!consolidated|adapter).+\.safetensors",
+        "pytorch_model.bin": r"pytorch_model-.+\.bin",
+    }
+    for whole, shard in shards.items() if "config.json" in top else ():
+        if whole in top:
+            return [*chosen, whole]
+        if f"{whole}.index.json" in top:
+            return chosen + [name for name in top if re.fullmatch(shard, name)]
+    if "adapter_config.json" in top:
+        raise Failure("it is a PEFT adapter: merge it into its model and take that")
+    if any(name.endswith(".gguf") for name in names):
+        raise Failure("it holds GGUF files, which are llama.cpp's: take the model that they were made from")
+    raise Failure("it holds no model of transformers (config.json and model.safetensors): take another")
+
+
+def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> str | None:
+    """The local folder of the model's files, downloaded if need be; None for the built-in configuration.
+
+    The only place that touches the network. Where that fails, a complete model in the cache is taken as it
+    is, though it may lack files that would be downloaded. Raises Failure: what happened and the ways on.
     """
-    if s.random_weights and s.model_name == "Qwen/Qwen2.5-3B":
+    if random_weights and model_name == "Qwen/Qwen2.5-3B":
         return None
-    if Path(s.model_name).expanduser().is_dir():
-        return str(Path(s.model_name).expanduser())
-    from huggingface_hub import errors, snapshot_download
-
-    weights = [] if s.random_weights else ["*.safetensors"]
+    if Path(model_name).expanduser().is_dir():
+        return str(Path(model_name).expanduser())
     try:
-        for patterns in (["*.json", "*.txt", "*.model", "*.jinja", "*.py", *weights], ["*.bin"]):
-            folder = snapshot_download(
-                s.model_name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
-            )
-            if s.random_weights or any(Path(folder).glob("*.safetensors")):
-                break
-        return folder
-    except errors.GatedRepoError:
-        raise Failure(f"{s.model_name} is gated: accept its terms on its page, then: hf auth login") from None
-    except errors.RepositoryNotFoundError:
-        raise Failure(f"the Hub knows no model {s.model_name} (or it is private: hf auth login)") from None
+        return download_files(model_name, not random_weights, plain_lines)
+    except Failure as failure:
+        raise Failure(f"cannot get {model_name}: {failure}") from None
     except Exception as error:  # the Hub's client raises its own, the operating system's and httpx's
+        config = huggingface_hub.try_to_load_from_cache(model_name, "config.json")
+        files = weight_files(os.path.dirname(config)) if isinstance(config, str) else []
+        if isinstance(config, str) and (random_weights or (files and all(file.exists() for file in files))):
+            log(f"{model_name}: taken as it is cached here ({first_line(error)})")
+            return os.path.dirname(config)
+        if isinstance(error, huggingface_hub.errors.GatedRepoError):  # before the next, which it is too
+            raise Failure(
+                f"{model_name} is gated: accept its terms on its page, then: hf auth login"
+            ) from None
+        if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
+            raise Failure(f"the Hub knows no model {model_name} (or it is private: hf auth login)") from None
         raise Failure(
-            f"cannot get {s.model_name} from the Hub, and it is neither a folder nor cached here ({first_line(error)}). "
-            "Ways on: a mirror (set HF_ENDPOINT=https://…), a local folder (--model-name ./folder), or no download "
-            "(--random-weights)"
+            f"cannot get {model_name} from the Hub, and it is neither a folder nor complete in the cache "
+            f"({first_line(error)}). Ways on: try again (complete files are kept), a mirror (set HF_ENDPOINT=https://…),"
+            " a local folder (--model-name ./folder), or no download (--random-weights)"
         ) from error
 
 
-def check_checkpoint(folder: str) -> None:
-    """Raises Failure naming the file that is missing or damaged; reads headers only."""
-    import safetensors
+def download_files(model_name: str, with_weights: bool, plain_lines: bool) -> str:
+    """The latest snapshot's folder; says how far it is. Raises Failure, or what huggingface_hub raises."""
+    info = huggingface_hub.HfApi().model_info(model_name, files_metadata=True, timeout=10)
+    size_of = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    names, cached = files_to_download(list(size_of), with_weights), huggingface_hub.try_to_load_from_cache
+    missing = [name for name in names if not isinstance(cached(model_name, name, revision=info.sha), str)]
+    total, cache = sum(size_of[name] for name in missing), huggingface_hub.constants.HF_HUB_CACHE
+    os.makedirs(cache, exist_ok=True)
+    if total > (free := shutil.disk_usage(cache).free):
+        there = f"{format_size(total)} to download, {format_size(free)} free in {cache}"
+        raise Failure(f"{there}: set HF_HOME to a folder on a larger disk")
+    said = begin = time.monotonic()
+    if missing and plain_lines:
+        log(f"getting {model_name}: {len(missing)} files, {format_size(total)}")
+    ByteCounter.bars.clear()
+    seen = collections.deque([(begin, 0)], maxlen=200)  # a minute: bytes are counted 10 MiB at a time
+    options = {"allow_patterns": names, "tqdm_class": ByteCounter}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        download = pool.submit(huggingface_hub.snapshot_download, model_name, **options)
+        while missing and not concurrent.futures.wait([download], 0.3).done:
+            done, now = min(total, max((bar.bytes for bar in ByteCounter.bars), default=0)), time.monotonic()
+            rate = (done - seen[0][1]) / (now - seen[0][0])
+            seen.append((now, done))
+            text = f"getting {model_name}: {format_size(done)} of {format_size(total)}, {format_size(rate)}/s"
+            text += f", {duration((total - done) / rate)} left" if rate else ""
+            status(text, done / max(1, total))
+            if plain_lines and now - said > 30:
+                log(text)
+                said = now
+        folder = download.result()
+    if missing and plain_lines:
+        log(f"got {model_name} in {duration(time.monotonic() - begin)}")
+    return folder
 
-    root = Path(folder)
-    files = sorted(root.glob("*.safetensors"))
-    index = root / "model.safetensors.index.json"
-    if index.exists():
-        files = [root / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if not files and not list(root.glob("*.bin")):
-        raise Failure(f"{folder} holds no weights (*.safetensors): download it again, or --random-weights")
-    for file in files:
-        try:
-            safetensors.safe_open(file, "pt").keys()
-        except (OSError, safetensors.SafetensorError) as error:
-            raise Failure(f"{file} is missing or damaged ({first_line(error)}): download it again") from None
+
+def read_config(folder: str) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises Failure."""
+    try:
+        return json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Failure(
+            f"{folder}/config.json is missing or damaged ({first_line(error)}): download it again"
+        ) from None
+
+
+def check_architecture(name: str, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """Raises Failure for what AutoModelForCausalLM cannot load, or loads without what was trained."""
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    what = f"{name} is a {kind} model ({', '.join(architectures) or 'its architecture is not named'})"
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if "AutoModelForCausalLM" in config.get("auto_map", {}):
+        if kind not in classes and not trust_remote_code:
+            raise Failure(f"{what} and runs code of its repository: read it, then add --trust-remote-code")
+        return
+    if not kind:
+        raise Failure(f"{name}'s config.json names no model_type: transformers cannot load it")
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise Failure(f"{what}, which transformers {transformers.__version__} does not know: a newer one may")
+    if kind not in classes and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise Failure(f"{what}, a vision-language model: only text models are measured, take one of those")
+    # a bare …Model may be fine, with its output tied to its input: loading tells
+    headed = [a for a in architectures if not a.endswith("Model")]
+    causal = any(a in classes.values() or "CausalLM" in a or "LMHead" in a for a in headed)
+    if kind not in classes or (headed and not causal):
+        raise Failure(f"{what}, no causal language model: only those are measured, as Qwen2.5 and Llama are")
+
+
+def check_quantization(
+    name: str, folder: str, config: dict[str, Any], weights: str | None, device: str
+) -> bool:
+    """Whether a checkpoint is already quantized. Raises Failure if it cannot run here with `weights`."""
+    stored = config.get("quantization_config") or config.get("compression_config")
+    stored = stored or (config.get("text_config") or {}).get("quantization_config")
+    method = (stored or {}).get("quant_method")
+    if method == "quanto" or Path(folder, "quanto_qmap.json").exists():
+        raise Failure(
+            f"{name} was saved by Quanto, which transformers cannot load: take the unquantized model"
+        )
+    if not stored:
+        return False
+    bits = stored.get("bits") or (
+        8 if stored.get("load_in_8bit") else 4 if stored.get("load_in_4bit") else None
+    )
+    what = f"{name} is already quantized ({method}{f', {bits} bits' if bits else ''})"
+    if weights:
+        ways = "run it as stored with --weights none, or take the unquantized model"
+        raise Failure(f"{what}: Quanto cannot quantize it again; {ways}")
+    if not AutoHfQuantizer.supports_quant_method(stored):
+        raise Failure(
+            f"{what}, which transformers {transformers.__version__} cannot run: take the unquantized model"
+        )
+    try:
+        AutoHfQuantizer.from_config(dict(stored), pre_quantized=True).validate_environment(
+            device_map={"": device}
+        )
+    except ModuleNotFoundError as error:
+        packages = {"gptq": "gptqmodel optimum"}.get(method, error.name)
+        raise Failure(f"{what}; to run it: pip install {packages}") from None
+    except Exception as error:  # (a package or a GPU that is missing, in transformers' own words)
+        raise Failure(f"{what} and cannot run here: {' '.join(str(error).split())}") from None
+    return True
+
+
+def weight_files(folder: str) -> list[Path]:
+    """The files that from_pretrained takes weights from, by its preferences: none, one or the shards."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        whole, index = Path(folder, name), Path(folder, name + ".index.json")
+        if whole.exists():
+            return [whole]
+        if index.exists():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [Path(folder, shard) for shard in sorted(set(shards))]
+    return []
+
+
+def check_weight_files(folder: str) -> None:
+    """Raises Failure naming the file that is missing or damaged; reads headers only."""
+    file = Path(folder)
+    try:
+        if not (files := weight_files(folder)):
+            raise Failure(
+                f"{folder} holds no weights (model.safetensors): download it again, or --random-weights"
+            )
+        for file in files:
+            if file.suffix == ".safetensors":
+                safetensors.safe_open(file, "pt").keys()
+            else:
+                file.open("rb").close()
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise Failure(f"{file} is missing or damaged ({first_line(error)}): download it again") from None
+
+
+def check_checkpoint(s: Settings, folder: str, device: str) -> None:
+    """Raises Failure for a checkpoint that cannot be measured, before anything is loaded."""
+    config = read_config(folder)
+    check_architecture(s.model_name, config, s.trust_remote_code)
+    check_quantization(s.model_name, folder, config, s.weights, device)
+    if not s.random_weights:
+        check_weight_files(folder)
+
+
+def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
+    """Raises Failure; called before the weights are loaded, so that a missing one costs no minutes.
+
+    Without its files transformers 5 makes an empty tokenizer for most models, in silence.
+    """
+    files = r"tokenizer\.json|tekken\.json|vocab.*|tokenizer\.model.*|.*\.(model|tiktoken|spm|bpe)"
+    if not any(re.fullmatch(files, path.name) for path in Path(folder).iterdir()):
+        raise Failure(
+            f"{name} has no tokenizer (tokenizer.json, tokenizer.model, vocab.json …): take a complete one"
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise Failure(f"{name} has no usable tokenizer: {' '.join(str(error).split())}") from error
+
+
+def load_peak_bytes(weight_bytes: int, largest_linear: int, weights: str | None) -> int:
+    """Bytes that loading takes at most, besides pages of the checkpoint's file, which the system can drop.
+
+    While a layer is quantized, about ten bytes for each of its numbers: copies in bfloat16, float32 and int8.
+    Measured: 10.4 for int8 and float8 and 8 for int4 and int2 on a CPU, 9.8 for int8 on CUDA.
+    """
+    return weight_bytes + (10 * largest_linear if weights else 0)
+
+
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Within, what loading frees goes back to the system; glibc keeps 1.3 GB beside 3.4 GB of int8 weights.
+
+    glibc (Linux) keeps pieces below 32 MiB, and loading takes and frees all sizes. Afterwards its limits are
+    what they grow to in any process that has freed such a piece (man 3 mallopt, M_MMAP_THRESHOLD).
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(libc, "mallopt", lambda option, value: 0)
+    mmap_threshold, trim_threshold = -3, -1
+    mallopt(mmap_threshold, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**26)
+
+
+@dataclass
+class RandomTensor:
+    """A tensor of a checkpoint whose numbers are made when transformers reads it, `tensor[...]`.
+
+    It reads one, quantizes it and only then reads the next (transformers core_model_loading.py,
+    has_on_the_fly_quantization): the unquantized model is never in memory. The numbers are one block over and
+    over, since 3 B new ones take a minute.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    block: torch.Tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        flat = torch.empty(self.shape.numel(), dtype=self.dtype)
+        for part in flat.split(self.block.numel()):
+            part.copy_(self.block[: part.numel()])
+        return flat.view(self.shape)
+
+
+def random_state(model: Any) -> dict[str, Any]:
+    """Random weights for a meta model; not for a tied output embedding: from_pretrained would untie it."""
+    torch.manual_seed(0)
+    block = torch.randn(2**22).mul_(0.02).to(model.dtype)
+    state, tied = {}, set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, tensor in model.state_dict().items():
+        if name in tied or not tensor.is_floating_point():
+            continue
+        if tensor.ndim < 2:
+            state[name] = torch.full(tensor.shape, float("norm" in name), dtype=tensor.dtype)
+        else:
+            state[name] = RandomTensor(tensor.shape, tensor.dtype, block)
+    return state
+
+
+@contextlib.contextmanager
+def reference_file(folder: Path, mode: str) -> Iterator[BinaryIO]:
+    """The file of the reference's log probabilities, a row of float32 a position; `mode` is "wb" or "rb".
+
+    Ordinary writes: on a full disk those of a memory map end the process by SIGBUS. Raises Failure.
+    """
+    try:
+        with open(folder / "logprobs.f32", mode) as file:
+            yield file
+    except OSError as error:
+        reason = f"{error.strerror or error}"
+        raise Failure(
+            f"cannot keep the reference answer in {folder} ({reason}): set TMPDIR to a roomier folder"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------------- model
+
+INT4_ROWS = {
+    "cpu": 16,
+    "cuda": 8,
+}  # TinyGemm, the 4-bit kernel, wants a multiple of so many rows (out_features)
+COPIED: set[str] = set()  # precisions whose kernel was handed activations that it cannot take as they lie
+
+
+def mend_quanto(leave_kernels: bool = False) -> None:
+    """Keep Quanto from building extensions, losing biases and crashing. Seen in optimum-quanto 0.2.7, torch 2.13.0.
+
+    - tensor/weights/marlin/fp8/qbits.py:30: the float8 Marlin kernel takes a bias and never adds it, so on CUDA every
+      model with biases answers wrong. Without "quanto_cuda" float8 takes quanto::qbytes_mm, right and nothing to build.
+    - library/extensions/extension.py:47: `unpack` (int2; int4 without TinyGemm) compiles an extension of minutes, which
+      a stale lock file makes hang, for what is one line of torch.
+    - library/qbytes_mm.py:101 calls torch._weight_int8pack_mm for every in_features % 4 == 0, see `int8_product`.
+    - tensor/weights/qbits.py:119 takes TinyGemm whatever the shape. torch packs 16 rows at a time on a CPU and multiplies
+      8 at a time on CUDA (aten/src/ATen/native/cuda/int4mm.cu, _weight_int4pack_mm_cuda), and refuses activations that
+      are not contiguous, which tensor/weights/tinygemm/qbits.py:53 does not ask.
+    - tensor/optimizers/absmax_optimizer.py:35: a row of zeros gets the scale 0, and float8 then holds 0 / 0.
+
+    With `leave_kernels` nothing is touched. A second call changes nothing.
+    """
+    if leave_kernels or hasattr(qbytes_mm, "shipped"):
+        return
+    for registered in extension._extensions.values():
+        registered._lib = types.SimpleNamespace(unpack=unpack)
+    extension._extensions.pop("quanto_cuda", None)
+    qbytes_mm.shipped = qbytes_mm.qbytes_int8pack_mm
+    qbytes_mm.qbytes_int8pack_mm = int8_product  # qbytes_mm_impl_cpu looks the name up when it is called
+    create, multiply = WeightQBitsTensor.create, TinyGemmQBitsLinearFunction.forward
+    absmax = AbsmaxOptimizer.optimize
+
+    def create_if_it_fits(qtype, axis, group_size, size, stride, data, scale, shift, requires_grad=False):
+        fits = size[0] % INT4_ROWS.get(data.device.type, 1) == 0
+        make = create if fits else WeightQBitsTensor
+        return make(qtype, axis, group_size, size, stride, data, scale, shift, requires_grad)
+
+    def multiply_contiguous(ctx, x, weight, bias):
+        COPIED.update([] if x.is_contiguous() else ["int4"])
+        return multiply(ctx, x.contiguous(), weight, bias)
+
+    def scale_above_zero(self, base, qtype, axis=None):
+        scale = absmax(self, base, qtype, axis)
+        return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+    WeightQBitsTensor.create = staticmethod(create_if_it_fits)
+    TinyGemmQBitsLinearFunction.forward = staticmethod(multiply_contiguous)
+    AbsmaxOptimizer.optimize = scale_above_zero
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Numbers of `bits` bits from bytes, as Quanto's extension does: [rows, columns] to [rows * 8 / bits, columns]."""
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+
+def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x @ (weight * scale).T on a CPU: x [rows, in] in bfloat16, weight [out, in] in int8, scale [out, 1].
+
+    torch._weight_int8pack_mm (aten/src/ATen/native/cpu/int8mm_kernel.cpp) reads 16 columns at a time with no remainder,
+    by loads that want addresses that are multiples of 32 bytes: elsewhere segmentation faults or garbage.
+    """
+    if x.shape[-1] % 16:
+        return qbytes_mm.qbytes_mm(x, weight, scale)
+    if not x.is_contiguous() or x.data_ptr() % 32:
+        COPIED.add("int8")
+        x = x.clone(memory_format=torch.contiguous_format)
+    return qbytes_mm.shipped(x, weight, scale)
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module computes a linear layer and nothing else; Llama 4's and PhiMoE's routers inherit from one."""
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    plain = type(module).forward in (torch.nn.Linear.forward, optimum.quanto.QLinear.forward)
+    return plain or type(module).__name__ == "FalconLinear"  # x @ weight.T + bias, written out
+
+
+def modules_to_skip(model: transformers.PreTrainedModel) -> list[str]:
+    """What QuantoConfig(modules_to_not_convert=…) must name for right answers; a model on the meta device will do.
+
+    transformers' integrations/quanto.py:91 replaces every subclass of nn.Linear, and what its forward does is lost. The
+    list replaces the default one (quantizers/base.py:268), hence its names come first. Names are regular expressions, up
+    to 5.17 of any prefix (quantizers/quantizers_utils.py, should_convert_module): hence the mark of the end.
+    """
+    lost = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not is_linear(m)]
+    return sorted(get_keys_to_not_convert(model)) + [f"{re.escape(name)}$" for name in lost]
+
+
+def quanto_defects(model: transformers.PreTrainedModel) -> list[str]:
+    """What was mended for a model, once it is loaded and has run: the sentences of the report, "as shipped, Quanto …"."""
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    layers = [(m, m.weight.data) for m in linear if hasattr(m.weight.data, "_qtype")]
+    if not layers:
+        return []
+
+    def count(name: str, holds: Callable[..., bool]) -> int:
+        mine = [(m, w, *w.shape) for m, w in layers if w._qtype.name.startswith(name)]
+        return sum(bool(holds(m, w, w.device.type, rows, columns)) for m, w, rows, columns in mine)
+
+    bf16 = torch.bfloat16
+    odd8 = count("qint8", lambda m, w, d, r, c: (d, w.dtype) == ("cpu", bf16) and c % 4 == 0 < c % 16)
+    takes_tinygemm = lambda w: w._qtype.bits == 4 and w.dtype == bf16 and w._group_size == 128
+    odd4 = count("qint4", lambda m, w, d, r, c: takes_tinygemm(w) and r % INT4_ROWS.get(d, 1))
+    plain = count("qint", lambda m, w, d, r, c: type(w) is WeightQBitsTensor and not takes_tinygemm(w))
+    zeros = count("qfloat8", lambda m, w, d, r, c: (w._scale == 1).any())
+    bias = count(
+        "qfloat8", lambda m, w, d, r, c: d == "cuda" and m.bias is not None and r % 64 == c % 64 == 0
+    )
+    lost = sum(not is_linear(m) for m in linear)
+    copied = next(iter(COPIED & {layers[0][1]._qtype.name.removeprefix("q")}), "")
+    found = {
+        f"'s int8 can crash or answer wrongly on a CPU: the input size of {odd8} layers is no multiple of 16": odd8,
+        f"'s int4 cannot be loaded here: its kernel does not take the output size of {odd4} layers": odd4,
+        f"'s {copied} stops or crashes: its kernel does not take activations as they lie in this model": copied,
+        " compiles a C++ extension before the first answer": plain,
+        f"'s float8 answers NaN: {zeros} layers have a row of zeros": zeros,
+        f"'s float8 compiles a CUDA extension, which then leaves out the bias of up to {bias} layers": bias,
+        f" makes plain linear layers of {lost} layers that do more": lost,
+    }
+    return [f"as shipped, Quanto{what}" for what, true in found.items() if true]
+
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "model_max_length", "seq_length",
+             "n_ctx")  # fmt: skip
+
+
+def max_positions(config: transformers.PreTrainedConfig) -> int | None:
+    """The longest sequence that a model takes, whatever its configuration calls it; None where no limit is known."""
+    text = config.get_text_config()
+    values = (getattr(text, name, None) for name in POSITIONS)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def stored_dtype(folder: str) -> Any:
     """The dtype of a checkpoint whose configuration names none, from its first file's header; None if unknown."""
-    import safetensors
-    import torch
-
     kinds = {"F16": torch.float16, "BF16": torch.bfloat16}
     for file in sorted(Path(folder).glob("*.safetensors"))[:1]:
         with safetensors.safe_open(file, "pt") as opened:
@@ -626,11 +2377,8 @@ def stored_dtype(folder: str) -> Any:
     return None
 
 
-def skeleton(s: Settings, folder: str | None) -> Any:
+def make_meta_model(s: Settings, folder: str | None) -> Any:
     """The model without memory (on torch's meta device), in the dtype it will be loaded in."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if folder is None:
         config = AutoConfig.for_model(**QWEN2_5_3B)
     else:
@@ -644,14 +2392,12 @@ def skeleton(s: Settings, folder: str | None) -> Any:
 
 def linear_names(model: Any) -> list[str]:
     """Names of the linear layers, as Quanto's transformers integration sees them: all but the output embedding."""
-    import torch
-
     head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return [n for n, m in model.named_modules() if is_linear(m) and m is not head]
 
 
 def expected_bytes(model: Any, precision: str) -> int:
-    """Bytes that the weights of a `skeleton` will take: 8-bit with a scale a row, fewer bits with two a group of 128."""
+    """Bytes that the weights of a meta model will take: 8-bit with a scale a row, fewer bits with two a group of 128."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     linear = [model.get_submodule(name).weight for name in linear_names(model)]
     total, per_scale = sum(t.nbytes for t in tensors.values()), model.dtype.itemsize
@@ -663,122 +2409,90 @@ def expected_bytes(model: Any, precision: str) -> int:
     return int(total)
 
 
-def random_state(model: Any) -> dict[str, Any]:
-    """Random weights for a `skeleton`: one block of normal numbers over and over (filling 3 B anew takes a minute).
-
-    A tied output embedding must be left out, or from_pretrained unties it in silence.
-    """
-    import torch
-
-    torch.manual_seed(0)
-    block = torch.randn(2**22, dtype=torch.float32).mul_(0.02).to(model.dtype)
-    state, tied = {}, set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name, tensor in model.state_dict().items():
-        if name in tied or not tensor.is_floating_point():
-            continue
-        if tensor.ndim < 2:
-            state[name] = torch.full(tensor.shape, float("norm" in name), dtype=tensor.dtype)
-        else:
-            flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
-            for start in range(0, flat.numel(), block.numel()):
-                flat[start : start + block.numel()] = block[: flat.numel() - start]
-            state[name] = flat.view(tensor.shape)
-    return state
-
-
-def use_plain_kernels() -> None:
-    """Keep Quanto from building C++ and CUDA extensions, and from losing biases. Seen in optimum-quanto 0.2.7.
-
-    - tensor/weights/marlin/fp8/qbits.py:31: the float8 Marlin kernel takes a bias and never adds it, so on CUDA every
-      model with biases answers wrong. Without "quanto_cuda" float8 takes quanto::qbytes_mm, right and nothing to build.
-    - library/extensions/extension.py:47: `unpack` (int2; int4 in float16) compiles an extension of minutes, which a
-      stale lock file makes hang, for what is one line of torch.
-    """
-    import types
-
-    import optimum.quanto  # noqa: F401 (registers the extensions)
-    import torch
-    from optimum.quanto.library.extensions import extension
-
-    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-        return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
-
-    for registered in extension._extensions.values():
-        registered._lib = types.SimpleNamespace(unpack=unpack)
-    extension._extensions.pop("quanto_cuda", None)
-
-
-def load(s: Settings, folder: str | None, empty: Any, devices: list[str]) -> Any:
-    """The model of `empty`, quantized while it loads; spread over all `devices` if there are several.
+def load_model(s: Settings, folder: str | None, meta_model: Any, devices: list[str]) -> Any:
+    """The model of `meta_model`, quantized while it loads; spread over all `devices` if there are several.
 
     Raises Failure for a checkpoint that lacks weights.
     """
-    from transformers import AutoModelForCausalLM, QuantoConfig, logging
-
-    logging.disable_progress_bar()
-    options = {"dtype": empty.dtype, "device_map": {"": devices[0]} if len(devices) == 1 else "auto"}
+    transformers.logging.disable_progress_bar()
+    options = {"dtype": meta_model.dtype, "device_map": {"": devices[0]} if len(devices) == 1 else "auto"}
     if s.weights:
-        use_plain_kernels()
-        from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
-
-        options["quantization_config"] = QuantoConfig(weights=s.weights)
+        mend_quanto(s.quanto_kernels)
+        skipped = modules_to_skip(meta_model)
+        options["quantization_config"] = QuantoConfig(weights=s.weights, modules_to_not_convert=skipped)
         if s.compile and devices == ["cpu"]:  # TinyGemm's packing takes hours to undo on a CPU
             WeightQBitsTensor.create = staticmethod(WeightQBitsTensor)  # tensor/weights/qbits.py:65
     if s.random_weights:
-        state = random_state(empty)
-        model = type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options)
+        state = random_state(meta_model)
+        model = type(meta_model).from_pretrained(None, config=meta_model.config, state_dict=state, **options)
     else:
         options |= {"trust_remote_code": s.trust_remote_code, "output_loading_info": True}
-        model, told = AutoModelForCausalLM.from_pretrained(folder, **options)
-        missing = [key for key in told["missing_keys"] if not key.endswith(ACTIVATION_SCALES)]
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        missing = [key for key in info["missing_keys"] if not key.endswith(ACTIVATION_SCALES)]
         if missing:
-            raise Failure(f"the checkpoint lacks {len(missing)} weights ({missing[0]}): download it again")
+            what = f"{len(missing)} weights ({missing[0]}) of a {type(model).__name__}"
+            raise Failure(f"the checkpoint lacks {what}: download it again, or take another model")
     if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) - {*devices}:
         raise Failure(f"the model does not fit {', '.join(devices)}: parts were left to the CPU or the disk")
     return model.eval()
 
 
-def weigh(model: Any) -> dict[str, Any]:
+def weight_stats(model: Any) -> dict[str, Any]:
     """The fields of a Result about the weights: bytes, and how many layers Quanto really holds."""
     linear = [model.get_submodule(name).weight for name in linear_names(model)]
     inner = [getattr(weight, "data", weight) for weight in linear]
     quantized = [w for w in inner if hasattr(w, "__tensor_flatten__")]
-    kinds = [type(w).__name__ for w in quantized]
+    kinds = Counter(type(w).__name__ for w in quantized)
     # not Quanto's scales of activations: scalars that no quantized weight uses
     buffers = [b for name, b in model.named_buffers() if not name.endswith(ACTIVATION_SCALES)]
     unique = {id(t): t for t in [*model.parameters(), *buffers]}.values()
+    places = {
+        d.removesuffix(":0") if d == "mps:0" else d for d in map(str, {p.device for p in model.parameters()})
+    }
     return {
+        "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_bytes": stored_bytes(unique),
+        "device_weight_bytes": {
+            d: stored_bytes(p for p in model.parameters() if d in (str(p.device), p.device.type))
+            for d in sorted(places)
+        },
         # a wrapper reports numel and dtype of the unquantized weight: here that is what is wanted
         "unquantized_bytes": sum(t.numel() * t.dtype.itemsize for t in unique),
         "quantizable_bytes": sum(w.numel() * w.dtype.itemsize for w in inner),
         "quantized_layers": len(quantized),
         "linear_layers": len(linear) + hasattr(model.get_output_embeddings(), "weight"),
-        "weight_types": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "weight_types": dict(sorted(kinds.items())),
     }
 
 
-def bytes_per_token(model: Any, kept: int) -> tuple[int, int] | None:
-    """Bytes that one decode step must read: of the `kept` ones of weights (not an untied input embedding), and for each
-    token in the KV cache.
+def decode_weight_bytes(model: Any) -> int | None:
+    """Bytes of weights that one decode step must read: all but an untied input embedding.
 
-    None for a mixture of experts (a step reads some of them) and where the cache's shape is unknown.
+    None for a mixture of experts, of which a step reads some.
     """
-    config = model.config.get_text_config()
     if any("expert" in name for name, _ in model.named_modules()):
-        return None
-    try:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = config.num_hidden_layers
-    except AttributeError:
         return None
     given, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is None or given.weight.data_ptr() == output.weight.data_ptr()
-    return kept - (
-        0 if tied else stored_bytes([given.weight])
-    ), 2 * layers * heads * width * model.dtype.itemsize
+    return stored_bytes(model.parameters()) - (0 if tied else stored_bytes([given.weight]))
+
+
+def cache_read_bytes(cache: Any, tokens: int, mean_tokens: float) -> float | None:
+    """Bytes of a KV cache filled with `tokens` that a decode step at `mean_tokens` reads; None for an unknown cache.
+
+    Keys and values that grow with the context are read in proportion; windows that slide and states are read whole.
+    """
+    total = 0.0
+    for layer in getattr(cache, "layers", None) or ():
+        tensors = [
+            t for value in vars(layer).values() for t in (value if isinstance(value, list) else [value])
+        ]
+        size = stored_bytes([t for t in tensors if isinstance(t, torch.Tensor) and t.dim() > 1])
+        keys = getattr(layer, "keys", None)
+        grows = isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.shape[-2] == tokens
+        total += size * mean_tokens / tokens if grows else size
+    return total or None
 
 
 def first_line(error: BaseException) -> str:
@@ -787,7 +2501,7 @@ def first_line(error: BaseException) -> str:
     return (lines[0] or type(error).__name__)[:300].rstrip(".: ")
 
 
-LACKS = {  # what an error's text says -> what this machine lacks
+MISSING_TOOLS = {  # what an error's text says -> what this machine lacks
     "No working C++ compiler": "a C++ compiler (Linux: apt install g++; Windows: Visual Studio Build Tools)",
     "Failed to find C compiler": "a C compiler (Linux: apt install gcc)",
     "Python.h": "Python's headers (apt install python3-dev)",
@@ -796,23 +2510,20 @@ LACKS = {  # what an error's text says -> what this machine lacks
 }
 
 
-def would_fit(empty: Any, free: float, needed: float = math.inf) -> str:
+def suggest_precisions(meta_model: Any, free: float, needed: float = math.inf) -> str:
     """The precisions whose weights fit into `free` bytes and are smaller than the `needed` ones, as advice."""
-    if empty is None:  # it failed before the model's size was known
+    if meta_model is None:  # it failed before the model's size was known
         return "close other programs, or take a smaller model"
-    fits = [
-        f"{p} ({gib(expected_bytes(empty, p))} GiB)"
-        for p in PRECISIONS
-        if expected_bytes(empty, p) * 1.1 < free and expected_bytes(empty, p) < needed
-    ]
+    sizes = {p: expected_bytes(meta_model, p) for p in PRECISIONS}
+    fits = [f"{p} ({gib(size)} GiB)" for p, size in sizes.items() if size * 1.1 < free and size < needed]
     if not fits and needed * 1.1 < free:
         return f"the weights alone ({gib(needed)} GiB) would fit: ask for fewer tokens"
     return f"would fit: {', '.join(fits)}" if fits else "no precision fits: take a smaller model"
 
 
-def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
+def describe_error(error: Exception, bench: Bench) -> tuple[str, bool]:
     """An exception in the user's words, and whether it is a lack of this machine (else it is a failure)."""
-    text = str(error)
+    text, doing = str(error), getattr(error, "step", "starting")
     if isinstance(error, Failure):
         return text, False
     if "trust_remote_code" in text:
@@ -820,132 +2531,122 @@ def explain(error: Exception, stage: Stage) -> tuple[str, bool]:
     # of CUDA and MPS, of the CPU on Linux and on Windows, of cuBLAS
     signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
     if any(sign in text.lower() for sign in signs) or isinstance(error, MemoryError):
-        where = f"{gib(stage.free)} GiB were free on {', '.join(stage.devices)}"
-        advice = would_fit(stage.empty, stage.free, stage.needed)
-        return f"out of memory while {stage.doing}: {where}; {advice}", False
-    for sign, lack in LACKS.items():
+        where = f"{gib(bench.free_bytes)} GiB were free on {', '.join(bench.devices)}"
+        advice = suggest_precisions(bench.meta_model, bench.free_bytes, bench.needed_bytes)
+        return f"out of memory while {doing}: {where}; {advice}", False
+    for sign, tool in MISSING_TOOLS.items():
         if sign.lower() in text.lower():
-            return f"needs {lack}, which is missing here", True
+            return f"needs {tool}, which is missing here", True
+    if (
+        "issues during automatic conversion" in text
+    ):  # transformers integrations/quanto.py:42 takes one tensor a layer
+        return (
+            "transformers' loader for Quanto cannot quantize this checkpoint: --weights none runs it",
+            False,
+        )
+    if "cannot be changed" in text and "dtype of a" in text:  # Quanto tensor/weights/qbytes.py:294
+        return "Quanto cannot run this model: one of its layers reads weights in another dtype", False
     if isinstance(error, ImportError):
         return f"{first_line(error)}: pip install -r requirements.txt", False
-    if stage.devices == ["mps"] and isinstance(error, (NotImplementedError, TypeError)):
+    if bench.devices == ["mps"] and isinstance(error, NotImplementedError):
         return f"not possible on MPS with this torch ({first_line(error)})", True
-    return f"{type(error).__name__} while {stage.doing}: {first_line(error)} (--debug shows more)", False
+    return f"{type(error).__name__} while {doing}: {first_line(error)} (--debug shows more)", False
 
 
-def fit(s: Settings, empty: Any, devices: list[str], tell: Tell, notes: list[str]) -> list[str]:
+def place_model(s: Settings, meta_model: Any, devices: list[str], notes: list[str]) -> list[str]:
     """The devices to load on: the first GPU that the model fits, else all. Says what is coming before it comes.
 
     Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried, with a note.
     """
-    sizes = {p: expected_bytes(empty, p) for p in PRECISIONS}
-    needed = sizes[s.weights or "none"]
-    roomy = next((d for d in devices if needed * 1.1 < memory_of(d)[0]), None)
+    needed = expected_bytes(meta_model, s.weights or "none")
+    largest = max(
+        (meta_model.get_submodule(name).weight.numel() for name in linear_names(meta_model)), default=0
+    )
+    peak = load_peak_bytes(needed, largest, s.weights)
+    roomy = next((d for d in devices if max(needed * 1.1, peak) < memory_of(d)[0]), None)
     devices = [roomy] if roomy else devices
     free, total = map(sum, zip(*map(memory_of, devices), strict=True))
-    where = ", ".join(devices)
-    tell(
-        f"{s.model_name}, {s.weights or 'as stored'}: {digits(sum(p.numel() for p in empty.parameters()), 1e9)} B "
-        f"parameters, {gib(needed)} GiB of weights expected, {gib(free)} GiB free on {where}"
+    where, size = ", ".join(devices), format_3g(sum(p.numel() for p in meta_model.parameters()), 1e9)
+    log(
+        f"{s.model_name}, {s.weights or 'as stored'}: {size} B parameters, {gib(needed)} GiB of weights expected (up to "
+        f"{gib(peak)} while loading), {gib(free)} GiB free on {where}"
     )
     if needed > total:
-        advice = would_fit(empty, total)
+        advice = suggest_precisions(meta_model, total)
         raise Failure(f"the weights need {gib(needed)} GiB and {where} has {gib(total)} GiB in all; {advice}")
-    if needed > free:
+    if peak > free:
         free_there = f"{gib(free)} GiB are free on {where}"
-        notes.append(f"the weights need {gib(needed)} GiB, only {free_there}: tried all the same")
+        notes.append(f"loading needs up to {gib(peak)} GiB, only {free_there}: tried all the same")
     return devices
 
 
-# --------------------------------------------------------------------------------------------------- compile
+# ------------------------------------------------------------------------------------------- compiled decode
 # Quanto under torch.compile. The documented `model = torch.compile(model)` compiles nothing, since generate() is bound
 # to the model inside (pytorch #161743), and generate()'s own compiling refuses Quanto (is_compileable in transformers'
-# quantizers/base.py). What follows gives generate() a compiled decode step of its own, for every precision alike:
-# - Linear layers hold Quanto's numbers as plain tensors. A wrapped weight costs Python on every call, and
-#   quanto::qbytes_mm (library/qbytes_mm.py:24) is opaque: 5 bytes are moved for each weight of one.
-# - Attention reads the static cache in windows: all of a long cache costs half the rate on a CPU.
-# - On CUDA one graph a window is recorded and replayed: Python's part of a step is then two launches.
+# quantizers/base.py). Here linear layers hold Quanto's numbers as plain tensors: a wrapped weight costs Python on every
+# call, and quanto::qbytes_mm (library/qbytes_mm.py:24) is opaque: 5 bytes are moved for each weight of one. Then either
+# - "this script's step", for ordinary attention: generate() gets a decode step whose attention reads the static cache in
+#   windows (all of a long cache costs half the rate on a CPU); on CUDA one graph a window is captured and replayed, or
+# - "transformers' static cache", for all others: generate() as transformers compiles it.
 
 WINDOW = 256  # tokens
+GEMV_EARLY_BYTES = (
+    12e6  # matrices up to this size fit the registers of an H100: all is loaded while the kernel waits
+)
+NOT_COMPILED, LEAVE_OUT = "transformers does not compile this model", "leave --compile out"
+OWN_STEP, STATIC_CACHE = "this script's step", "transformers' static cache"
 
 
-def starts_early() -> bool:
+@dataclass
+class CompiledDecode:
+    """A model whose decode step is compiled: `way` is OWN_STEP or STATIC_CACHE, `graphs` counts what Dynamo compiled."""
+
+    way: str
+    graphs: int
+    options: dict[str, Any]  # what generate() needs besides its own
+
+
+def supports_pdl() -> bool:
     """Whether a kernel can be launched while the one before it ends: programmatic dependent launch, from Hopper on."""
-    import torch
-
     return torch.version.cuda is not None and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def launch_options() -> dict[str, Any]:
-    """For a kernel that calls gdc_wait and gdc_launch_dependents where EARLY is set."""
-    return {"EARLY": True, "launch_pdl": True} if starts_early() else {"EARLY": False}
+def pdl_options() -> dict[str, Any]:
+    """For a kernel that calls gdc_wait and gdc_launch_dependents where PDL is set."""
+    return {"PDL": True, "launch_pdl": True} if supports_pdl() else {"PDL": False}
 
 
-@functools.cache
-def gemv() -> Callable:
-    """y = (weight x) * scale for one token on CUDA: x [1, columns], weight [rows, columns], scale [rows, 1], y [1, rows].
-
-    A decode step's matrix product, which reads each stored byte once and sums in float32. In Triton, since Inductor's
-    own reductions come out right only by minutes of tuning, and not every time. Also for unquantized weights.
-    """
-    import torch
-    import triton
-
-    global tl  # a kernel finds its names among the module's
-    import triton.language as tl
+if triton:
 
     @triton.jit
-    def kernel(x, weight, scale, y, rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        start = row.to(tl.int64) * cols
+    def gemv_kernel(
+        x, weight, scale, y, rows, cols,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        cell = weight + row.to(tl.int64)[:, None] * cols + col[None, :]
         total = tl.zeros((ROWS, BLOCK), tl.float32)
-        if EARLY:
+        if EARLY:  # weights are constant: they may be read before the kernel that writes x has ended
+            loaded = tl.load(cell, (row < rows)[:, None] & (col < cols)[None, :], 0.0)
+        if PDL:
             # in this order: the kernel after this one takes for granted that the one before it has ended
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        for first in tl.range(0, cols, BLOCK, num_stages=3):
-            col = first + tl.arange(0, BLOCK)
-            inside = (row < rows)[:, None] & (col < cols)[None, :]
-            values = tl.load(weight + start[:, None] + col[None, :], inside, 0.0).to(tl.float32)
-            total += values * tl.load(x + col, col < cols, 0.0).to(tl.float32)[None, :]
+        if EARLY:
+            total += loaded.to(tl.float32) * tl.load(x + col, col < cols, 0.0).to(tl.float32)[None, :]
+        for first in tl.range(BLOCK if EARLY else 0, cols, BLOCK, num_stages=3):
+            inside = (row < rows)[:, None] & (first + col < cols)[None, :]
+            values = tl.load(cell + first, inside, 0.0).to(tl.float32)
+            total += values * tl.load(x + first + col, first + col < cols, 0.0).to(tl.float32)[None, :]
         factor = tl.load(scale + row, row < rows).to(tl.float32)
         tl.store(y + row, tl.sum(total, 1) * factor, row < rows)
 
-    # of 40 forms the fastest for int8 on an H100
-    form = {"ROWS": 2, "BLOCK": 1024, "num_warps": 2} | launch_options()
-
-    def run(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        y = x.new_empty(1, weight.shape[0])
-        grid = (-(-weight.shape[0] // form["ROWS"]),)
-        kernel[grid](x, weight, scale, y, *weight.shape, **form)
-        return y
-
-    schema = "(Tensor x, Tensor weight, Tensor scale) -> Tensor"
-    op = torch.library.custom_op("qwquanto::gemv", run, mutates_args=(), schema=schema)
-    op.register_fake(lambda x, weight, scale: x.new_empty(1, weight.shape[0]))
-    return op
-
-
-@functools.cache
-def attend() -> Callable:
-    """Attention of one token on CUDA: query [1, heads, 1, size], cache [1, kv heads, length, size], mask [1, 1, 1, window].
-
-    Flash decoding (Dao and others 2023): each block of 64 places by itself, then all blocks together. Inductor's sums read
-    the keys for every head anew and run along the window on few processors: 2 and 15 us slower a layer at 256 and 2048
-    places on an H100.
-    """
-    import torch
-    import triton
-
-    global tl
-    import triton.language as tl
-
     @triton.jit
-    def blocks(
+    def split_kv(
         query, key, value, mask, out, top, total, group, size, scaling, stride,
-        GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+        GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        if EARLY:
+        if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         head, block, count = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -958,7 +2659,7 @@ def attend() -> Callable:
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
         scores = tl.where(seen[None, :], scores, -1e30)
         highest = tl.max(scores, 1)
-        weights = tl.exp(scores - highest[:, None])  # 0 if unseen; `together` drops all-unseen blocks
+        weights = tl.exp(scores - highest[:, None])  # 0 if unseen; `combine` drops all-unseen blocks
         row = (head * count + block) * group + g
         tl.store(top + row, highest, g < group)
         tl.store(total + row, tl.sum(weights, 1), g < group)
@@ -966,11 +2667,11 @@ def attend() -> Callable:
         tl.store(out + row[:, None] * size + i[None, :], part, inside)
 
     @triton.jit
-    def together(
+    def combine(
         part, top, total, out, count, group, size,
-        SIZE: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+        SIZE: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        if EARLY:
+        if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         head, i = tl.program_id(0), tl.arange(0, SIZE)
@@ -987,114 +2688,241 @@ def attend() -> Callable:
             y, highest = y * old + tl.sum(factor[:, None] * rows, 0), new
         tl.store(out + head * size + i, y / weight, i < size)
 
-    def run(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        (_, heads, _, size), kv = query.shape, key.shape[1]
-        count, group, wide = mask.shape[-1] // 64, heads // kv, triton.next_power_of_2(size)
-        part = query.new_empty(kv, count, group, size, dtype=torch.float32)
-        top, total = part.new_empty(kv, count, group), part.new_empty(kv, count, group)
-        form = {"GROUP": max(16, triton.next_power_of_2(group)), "SIZE": wide, "BLOCK": 64}
-        tensors = (query, key, value, mask, part, top, total)
-        blocks[(kv, count)](*tensors, group, size, scaling, key.stride(1), **form, **launch_options())
-        out = torch.empty_like(query)
-        together[(heads,)](part, top, total, out, count, group, size, wide, 16, **launch_options())
-        return out
 
-    schema = "(Tensor query, Tensor key, Tensor value, Tensor mask, float scaling) -> Tensor"
-    op = torch.library.custom_op("qwquanto::attend", run, mutates_args=(), schema=schema)
-    op.register_fake(lambda query, key, value, mask, scaling: torch.empty_like(query))
-    return op
+@torch.library.custom_op("qwquanto::gemv", mutates_args=())
+def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """y = (weight x) * scale for one token on CUDA: x [..., columns], weight [rows, columns], scale [rows, 1], y [..., rows].
+
+    A decode step's matrix product, which reads each stored byte once and sums in float32. In Triton, since Inductor's
+    own reductions come out right only by minutes of tuning, and not every time. Also for unquantized weights.
+    """
+    (rows, cols), y = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
+    # of 40 forms the fastest on an H100, for matrices of its size
+    form = {"ROWS": 2, "BLOCK": 1024, "EARLY": False, "num_warps": 2}
+    if weight.nbytes < GEMV_EARLY_BYTES:
+        form = {"ROWS": 4, "BLOCK": 2048 if cols > 1024 else 1024, "EARLY": True, "num_warps": 4}
+    gemv_kernel[(triton.cdiv(rows, form["ROWS"]),)](x, weight, scale, y, rows, cols, **form, **pdl_options())
+    return y
 
 
-@functools.cache
-def plain_linear() -> Callable:
-    """linear layer -> a layer that computes the same with plain tensors."""
-    import torch
+@gemv.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
-    class Plain(torch.nn.Module):
-        def __init__(self, bias: Any, **tensors: Any) -> None:
-            super().__init__()
-            self.bias = bias
-            for name, tensor in tensors.items():
-                self.register_buffer(name, tensor)
 
-        def forward(self, x: Any) -> Any:
-            y = self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
+@torch.library.custom_op("qwquanto::flash_decode", mutates_args=())
+def flash_decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of one token on CUDA: query [1, heads, 1, size], cache [1, kv heads, length, size], mask [1, 1, 1, window].
 
-    class Rows(Plain):
-        """8 bits, or as stored with a scale of one: data [rows, columns], scale [rows, 1]."""
+    Flash decoding (Dao and others 2023): each block of 64 places by itself, then all blocks together. Inductor's sums read
+    the keys for every head anew and run along the window on few processors: 2 and 15 us slower a layer at 256 and 2048
+    places on an H100.
+    """
+    (_, heads, _, size), kv = query.shape, key.shape[1]
+    count, group, wide = mask.shape[-1] // 64, heads // kv, triton.next_power_of_2(size)
+    part = query.new_empty(kv, count, group, size, dtype=torch.float32)
+    top, total = part.new_empty(kv, count, group), part.new_empty(kv, count, group)
+    form = {"GROUP": max(16, triton.next_power_of_2(group)), "SIZE": wide, "BLOCK": 64}
+    tensors = (query, key, value, mask, part, top, total)
+    split_kv[(kv, count)](*tensors, group, size, scaling, key.stride(1), **form, **pdl_options())
+    out = torch.empty_like(query)
+    combine[(heads,)](part, top, total, out, count, group, size, wide, 16, **pdl_options())
+    return out
 
-        def __init__(self, bias: Any, data: Any, scale: Any) -> None:
-            super().__init__(bias, data=data, scale=scale)
-            if data.is_cuda:
-                native = torch.cuda.get_device_capability(data.device) >= (8, 9)
-            else:
-                native = torch.backends.cpu.get_cpu_capability() == "AVX512"
-            self.emulated = data.dtype == torch.float8_e4m3fn and not native
-            self.gemv = gemv() if data.is_cuda and not self.emulated else None
 
-        def product(self, x: Any) -> Any:
-            data, scale = self.data, self.scale
-            if self.gemv and x.shape[0] == 1:
-                return self.gemv(x, data, scale)
-            if x.is_cpu and (data.dtype, x.dtype) == (torch.int8, torch.bfloat16) and x.shape[1] % 4 == 0:
-                return torch._weight_int8pack_mm(x, data, scale.flatten())  # as Quanto does on a CPU
-            if x.shape[0] > 1 or not torch.compiler.is_compiling():
-                return x @ (data if data.dtype == x.dtype else data.to(x.dtype) * scale).t()
-            # a sum, not a matmul: Inductor fuses it with the reading of the bytes
-            return ((x.float() * self.floats()).sum(-1) * scale.float().flatten()).to(x.dtype)[None]
+@flash_decode.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    return torch.empty_like(query)
 
-        def floats(self) -> Any:
-            if not self.emulated:
-                return self.data.float()
-            # the bits of a float16 of 1/256 of the value, in operations that every machine vectorizes
-            half = self.data.view(torch.int8).to(torch.int16) * 128 & -16512
-            return half.view(torch.float16).float() * 256
 
-    class Groups(Plain):
-        """4 or 2 bits, weight = q * scale + zero a group; data[row, group, i] holds its elements i, i + chunk, …"""
+class DequantLinear(torch.nn.Module):
+    """A linear layer whose weight lies in plain tensors; a subclass's product() takes x [tokens, in].
 
-        def product(self, x: Any) -> Any:
-            groups, chunk = self.data.shape[1:]
-            parts = x.shape[1] // groups // chunk
-            bits = 8 // parts
-            q = [self.data >> bits * i & 2**bits - 1 for i in range(parts)]
-            if x.shape[0] > 1 or not torch.compiler.is_compiling():
-                weight = torch.stack(q, 2).flatten(2) * self.scale[:, :, None] + self.zero[:, :, None]
-                return x @ weight.flatten(1).to(x.dtype).t()
-            # scale and zero taken out of the sum over a group
-            x = x.view(groups, parts, chunk).float()
-            dots = sum(x[:, i] * q[i] for i in range(parts)).sum(-1)
-            y = (dots * self.scale.float() + x.sum((1, 2)) * self.zero.float()).sum(-1)
-            return y.to(self.scale.dtype)[None]
+    Layers that are given the same input (q, k and v; gate and up) share one `merged` layer: their tensors, which serve the
+    prompt, are then views of its tensors, and its product of one token, of which each takes its `part`, is computed once
+    (SharedProducts).
+    """
 
-    class TinyGemm(Plain):
-        """4 bits on CUDA in bfloat16: the kernel that Quanto uses too, but packed for fewer, larger reads."""
+    rows: dict[
+        str, tuple[int, int]
+    ]  # tensors to merge: the dimension of the outputs, and how many make one index
+    merge_key: Any = None  # what layers must have in common to be merged; None: nothing to gain
 
-        def product(self, x: Any) -> Any:
-            return torch._weight_int4pack_mm(x, self.data, x.shape[1] // self.scale.shape[0], self.scale)
+    def __init__(self, bias: torch.Tensor | None, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        self.bias, self.merged = bias, ()  # in a tuple, it is no submodule
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
-    def plain(linear: Any) -> Any:
-        weight, bias = getattr(linear.weight, "data", linear.weight), linear.bias
-        if not hasattr(weight, "_qtype"):
-            ones = weight.new_ones(len(weight), 1)
-            return Rows(bias, data=weight, scale=ones)
-        if weight._qtype.bits == 8:
-            return Rows(bias, data=weight._data, scale=weight._scale)
-        q = weight._data.unpack()
-        if hasattr(weight, "_scale_shift"):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        y = (
+            self.merged[0].product(tokens)[:, self.part]
+            if self.merged and len(tokens) == 1
+            else self.product(tokens)
+        )
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class PerChannelLinear(DequantLinear):
+    """8 bits, or as stored with a scale of one: data [out, in], scale [out, 1]."""
+
+    rows: ClassVar = {"data": (0, 1), "scale": (0, 1)}
+
+    def __init__(self, bias: torch.Tensor | None, data: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__(bias, data=data, scale=scale)
+        if data.is_cuda:
+            native = torch.cuda.get_device_capability(data.device) >= (8, 9)
+        else:
+            native = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        self.emulated = data.dtype == torch.float8_e4m3fn and not native
+        self.gemv = data.is_cuda and not self.emulated and triton is not None
+        # As Quanto does on a CPU (library/qbytes_mm.py, which asks for 4), but this kernel crashes or answers garbage
+        # unless in_features is a multiple of 16: torch 2.13, aten/src/ATen/native/cpu/int8mm_kernel.cpp
+        self.int8pack = data.is_cpu and data.dtype == torch.int8 and data.shape[1] % 16 == 0
+        if self.gemv or self.int8pack:
+            self.merge_key = data.dtype, scale.dtype, data.shape[1]
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        data, scale = self.data, self.scale
+        if self.gemv and len(x) == 1:
+            return gemv(x.contiguous(), data, scale)
+        if self.int8pack and x.dtype == scale.dtype == torch.bfloat16:
+            return torch._weight_int8pack_mm(x.contiguous(), data, scale.flatten())
+        if len(x) > 1 or not torch.compiler.is_compiling():
+            return x @ (data if data.dtype == x.dtype else data.to(x.dtype) * scale).t()
+        # a sum, not a matmul: Inductor fuses it with the reading of the bytes
+        return ((x.float() * self.floats()).sum(-1) * scale.float().flatten()).to(x.dtype)[None]
+
+    def floats(self) -> torch.Tensor:
+        if not self.emulated:
+            return self.data.float()
+        # the bits of a float16 of 1/256 of the value, in operations that every machine vectorizes
+        half = self.data.view(torch.int8).to(torch.int16) * 128 & -16512
+        return half.view(torch.float16).float() * 256
+
+
+class GroupwiseLinear(DequantLinear):
+    """4 or 2 bits, weight = q * scale + zero a group; data[row, group, i] holds its elements i, i + chunk, …"""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        groups, chunk = self.data.shape[1:]
+        parts = x.shape[1] // groups // chunk
+        bits = 8 // parts
+        q = [self.data >> bits * i & 2**bits - 1 for i in range(parts)]
+        if len(x) > 1 or not torch.compiler.is_compiling():
+            weight = torch.stack(q, 2).flatten(2) * self.scale[:, :, None] + self.zero[:, :, None]
+            return x @ weight.flatten(1).to(x.dtype).t()
+        # scale and zero taken out of the sum over a group
+        x = x.reshape(groups, parts, chunk).float()
+        dots = sum(x[:, i] * q[i] for i in range(parts)).sum(-1)
+        y = (dots * self.scale.float() + x.sum((1, 2)) * self.zero.float()).sum(-1)
+        return y.to(self.scale.dtype)[None]
+
+
+class TinyGemmLinear(DequantLinear):
+    """4 bits in bfloat16, by the kernel that Quanto uses too: data is packed for it, scale [groups, out, scale and zero]."""
+
+    rows: ClassVar = {"data": (0, 8), "scale": (1, 1)}
+
+    def __init__(self, bias: torch.Tensor | None, data: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__(bias, data=data, scale=scale)
+        self.merge_key = (data.shape[1:], len(scale)) if data.is_cuda else None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        mm = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
+        return mm(x.contiguous(), self.data, x.shape[1] // len(self.scale), self.scale.contiguous())
+
+
+def dequant_linear(linear: torch.nn.Linear) -> DequantLinear:
+    """A layer that computes the same with plain tensors, for an unquantized layer or one of Quanto's."""
+    weight, bias = getattr(linear.weight, "data", linear.weight), linear.bias
+    if not hasattr(weight, "_qtype"):
+        return PerChannelLinear(bias, weight, weight.new_ones(len(weight), 1))
+    if weight._qtype.bits == 8:
+        if type(weight) is not WeightQBytesTensor:  # Marlin's
+            weight = weight.weight_qbytes_tensor()
+        # a layer of one output has one scale without a dimension
+        return PerChannelLinear(bias, weight._data, weight._scale.reshape(-1, 1).expand(len(weight), 1))
+    if isinstance(weight, TinyGemmWeightQBitsTensor):
+        data = weight._data._data  # kept on a CPU: unpacking takes hours there
+        if weight.is_cuda:  # packed anew for fewer, larger reads
+            q = weight._data.unpack()
             data = torch._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).contiguous(), 8)
-            return TinyGemm(bias, data=data, scale=weight._scale_shift)
-        bits, rows = weight._qtype.bits, weight.shape[0]
-        scale, shift = weight._scale.view(rows, -1), weight._shift.view(rows, -1)
-        q = q.view(rows, scale.shape[1], 8 // bits, -1)
-        data = sum(q[:, :, i] << bits * i for i in range(8 // bits))
-        zero = -shift if shift.is_floating_point() else -shift * scale
-        return Groups(bias, data=data, scale=scale, zero=zero)
+        return TinyGemmLinear(bias, data, weight._scale_shift)
+    if type(weight) is not WeightQBitsTensor:  # AWQ's
+        weight = weight.weight_qbits_tensor()
+    bits, rows, packed = weight._qtype.bits, weight.shape[0], weight._data._data
+    # not PackedTensor.unpack, which compiles a C++ extension
+    q = torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])[: len(weight._data)]
+    scale, shift = weight._scale.view(rows, -1), weight._shift.view(rows, -1)
+    parts = math.gcd(8 // bits, weight.shape[1] // scale.shape[1])  # as many in a byte as divide a group
+    q = q.view(rows, scale.shape[1], parts, -1)
+    data = sum(q[:, :, i] << 8 // parts * i for i in range(parts))
+    zero = -shift if shift.is_floating_point() else -shift * scale
+    return GroupwiseLinear(bias, data=data, scale=scale, zero=zero)
 
-    return plain
+
+def swap_layers(model: Any) -> None:
+    """Give a model the linear layers above. Subclasses of nn.Linear with a forward of their own stay as they are."""
+    known = torch.nn.Linear.forward, optimum.quanto.nn.QLinear.forward
+    linear = lambda module: isinstance(module, torch.nn.Linear) and type(module).forward in known
+    # names, not modules: a layer that is replaced must not stay in memory
+    for name in [name for name, module in model.named_modules() if linear(module)]:
+        model.set_submodule(name, dequant_linear(model.get_submodule(name)))
+
+
+def merge_layers(model: Any) -> None:
+    """Merge the layers of one parent that are given the very same tensor, as a run of one token shows."""
+    given: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: given.update({name: args[0]}))
+        for name, module in model.named_modules()
+        if isinstance(module, DequantLinear) and module.merge_key
+    ]
+    model(input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    groups: dict[tuple, list[DequantLinear]] = {}
+    for name, tensor in given.items():
+        layer = model.get_submodule(name)
+        key = name.rpartition(".")[0], id(tensor), type(layer), layer.merge_key
+        groups.setdefault(key, []).append(layer)
+    for (_, _, kind, _), layers in groups.items():
+        if len(layers) == 1:
+            continue
+        whole = {n: torch.cat([getattr(s, n) for s in layers], dim) for n, (dim, _) in kind.rows.items()}
+        merged, first = kind(None, **whole), 0
+        for layer in layers:
+            last = first + layer.scale.shape[kind.rows["scale"][0]]
+            for n, (dim, unit) in kind.rows.items():
+                setattr(layer, n, whole[n].narrow(dim, first // unit, (last - first) // unit))
+            layer.merged, layer.part, first = (merged,), slice(first, last), last
+
+
+class SharedProducts(CustomGraphPass):
+    """Inductor pass: a product that several layers ask for (their `merged` one) is computed once."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        aten, seen = torch.ops.aten, {}
+        pure = (
+            torch.ops.qwquanto.gemv.default, aten._weight_int8pack_mm.default, aten._weight_int4pack_mm.default,
+            aten.view.default, aten.reshape.default,
+        )  # fmt: skip
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in pure:
+                first = seen.setdefault((node.target, str(node.args)), node)
+                if first is not node:
+                    node.replace_all_uses_with(first)
+                    graph.erase_node(node)
+
+    def uuid(self) -> str:
+        return "qwquanto.SharedProducts 1"  # Inductor's cache on disk goes by it
 
 
 def window_attention(module, query, key, value, mask, scaling=None, **more):
@@ -1103,14 +2931,16 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     transformers' own sdpa copies keys and values for every head, and reads all of a static cache. Refuses the variants
     that it would get wrong.
     """
-    import torch
-
-    given = {name for name, value in more.items() if value is not None}
-    if unknown := given & {"softcap", "s_aux", "sliding_window", "position_bias"}:
-        raise Failure(f"--compile does not know this model's attention ({', '.join(unknown)}): leave it out")
+    unknown = {"softcap", "s_aux", "sliding_window", "position_bias"} & {
+        k for k, v in more.items() if v is not None
+    }
+    if unknown or mask is None:
+        raise Failure(f"this script's step does not know this attention ({', '.join(unknown) or 'no mask'})")
     batch, heads, length, size = query.shape
-    if length == 1 and query.is_cuda and value.shape == key.shape:  # DeepSeek's values are narrower
-        out = torch.ops.qwquanto.attend(query.contiguous(), key, value, mask, scaling)
+    if (
+        length == 1 and query.is_cuda and triton and value.shape == key.shape
+    ):  # DeepSeek's values are narrower
+        out = flash_decode(query.contiguous(), key, value, mask, scaling)
         return out.view(batch, 1, heads, size), None
     key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
     if length == 1:
@@ -1125,123 +2955,272 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     return out.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
-def replace_parts(model: Any) -> None:
-    """Give a model the linear layers and the attention above, and have its decoder layers compiled as one."""
-    import torch
-    from transformers import AttentionInterface
+class StepLayer(StaticLayer):
+    """A layer of the step's cache: all share one tensor with the token's position, so that no layer counts by itself."""
 
-    for kind in {type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())}:
-        kind.forward = torch.compiler.nested_compile_region(kind.forward)  # one layer is compiled, not 36
-    if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)  # where Triton launches and graphs are recorded
-        attend()  # registers it: torch.compile cannot
-    # names, not modules: a layer that is replaced must not stay in memory
-    for name in [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]:
-        model.set_submodule(name, plain_linear()(model.get_submodule(name)))
-    AttentionInterface.register("window", window_attention)
-    model.config._attn_implementation = "window"
+    def __init__(self, max_cache_len: int, position: torch.Tensor) -> None:
+        super().__init__(max_cache_len)
+        self.position = position  # [1]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
+        """A prompt is written from the first place on, one token at the position; returns all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = key_states.shape[-2]
+        places = self.position if length == 1 else torch.arange(length, device=self.device)
+        self.keys.index_copy_(2, places, key_states)
+        self.values.index_copy_(2, places, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return 0  # generate() always begins anew
+
+    def reset(self) -> None:
+        self.position.zero_()
 
 
-def compilable(model: Any, longest: int) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Prepare a model for compiled decode up to `longest` tokens, one sequence without padding; once a model.
+class DecodeStep:
+    """This script's step: what generate() calls for every token after the first, and what that needs of the model."""
 
-    Returns the options that generate() then needs (its cache must be reset before every call) and a function that
-    records CUDA graphs once the step has been compiled by a first run.
-    """
-    import torch
-    from transformers import CompileConfig, StaticCache
-    from transformers.cache_utils import StaticLayer
+    def __init__(self, model: Any, max_tokens: int) -> None:
+        self.model, self.graphs, self.prepare = model, {}, model.prepare_inputs_for_generation
+        sizes = range(WINDOW, max_tokens + WINDOW, WINDOW)
+        self.places = torch.arange(sizes[-1], device=model.device)
+        self.windows = {size: self.places[:size].clone() for size in sizes}
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=model.device)
+        self.cache = StaticCache(config=model.config, max_cache_len=1)
+        # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
+        self.cache.layers = [StepLayer(sizes[-1] + 16, self.position) for _ in self.cache.layers]
 
-    if len({str(p.device) for p in model.parameters()}) > 1:
-        raise Failure("--compile needs the model on one device: it is spread over several, leave it out")
-    sizes = range(WINDOW, longest + WINDOW, WINDOW)
-    # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
-    cache = StaticCache(config=model.config, max_cache_len=sizes[-1] + 16)
-    if not model._supports_attention_backend or {type(layer) for layer in cache.layers} != {StaticLayer}:
-        raise Failure("--compile does not know this model's attention: leave --compile out")
-    replace_parts(model)
-    places = torch.arange(sizes[-1], device=model.device)
-    windows = {size: places[:size].clone() for size in sizes}
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    graphs: dict[int, tuple[Any, Any]] = {}
+    def step(self, window: torch.Tensor) -> Any:
+        mask = (window <= self.position)[None, None, None]
+        inputs = {"attention_mask": mask, "position_ids": self.position[None], "past_key_values": self.cache}
+        return self.model.forward(input_ids=self.token, **inputs, use_cache=True)
 
-    def step(window: Any) -> Any:
-        position = cache.layers[0].cumulative_length.view(1, 1).clone()
-        mask = (window <= position)[None, None]
-        inputs = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
-        return model.forward(input_ids=token, **inputs, use_cache=True)
+    def agrees(self) -> bool:
+        """Whether the model answers the same with this step's attention as with its own, for some prompt and a token.
 
-    for window in windows.values():
-        torch._dynamo.maybe_mark_dynamic(window, 0)  # one graph serves all windows
-    # guards on shapes alone: nothing else changes here, and checking them all costs a CPU 1 ms a token
-    options = {"guard_filter_fn": lambda guards: [guard.guard_type == "SHAPE_ENV" for guard in guards]}
-    if model.device.type == "cuda":
-        options["triton.enable_pdl"] = starts_early()
-    compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        Rounding alone can change an answer to a strange prompt by half; wrong attention is right for none.
+        """
+        config, device = self.model.config, self.model.device
+        own, vocabulary = config._attn_implementation, config.get_text_config().vocab_size
+        try:
+            for start in (vocabulary // 2, vocabulary // 3, vocabulary // 5, 2):
+                ids = torch.arange(start, start + 9, device=device)[None]
+                prompt, mask = ids[:, :-1], self.prompt_mask(ids[:, :-1, None])
+                config._attn_implementation = own
+                wanted = self.model(ids, use_cache=False).logits[0, -2:].float()
+                config._attn_implementation = "qwquanto"
+                first = self.model(prompt, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+                self.token.copy_(ids[:, -1:])
+                self.position.fill_(prompt.shape[1])
+                then = self.step(self.windows[WINDOW])
+                found = torch.cat([first.logits[0, -1:], then.logits[0, -1:]]).float()
+                if (found - wanted).norm() < 0.1 * wanted.norm():
+                    return True
+        except (Failure, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            pass  # the model asks its attention for something that this one does not know
+        config._attn_implementation = own
+        return False
 
-    def decode(input_ids: Any, **_: Any) -> Any:
-        size = -(-input_ids.shape[1] // WINDOW) * WINDOW
-        token.copy_(input_ids[:, -1:])
-        if size not in graphs:
-            return compiled(windows[size])
-        graph, output = graphs[size]
+    def compile(self) -> None:
+        """Have the step compiled at its first call, and used by generate()."""
+        for window in self.windows.values():
+            torch._dynamo.maybe_mark_dynamic(window, 0)  # one graph serves all windows
+        # guards on shapes alone: nothing else changes here, and checking them all costs a CPU 1 ms a token
+        options = {"guard_filter_fn": lambda guards: [guard.guard_type == "SHAPE_ENV" for guard in guards]}
+        if self.model.device.type == "cuda":
+            options["triton.enable_pdl"] = supports_pdl()
+        options |= INDUCTOR_OPTIONS
+        # code of its own: Dynamo files what it compiled under the code, and no guard is left to tell two models apart
+        step = types.FunctionType(DecodeStep.step.__code__.replace(co_name=f"step_{id(self)}"), globals())
+        step = types.MethodType(step, self)
+        self.compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        self.model.prepare_inputs_for_generation = self.inputs
+        self.model.create_masks_for_generate = self.prompt_mask
+        self.model.get_compiled_call = lambda config: self.decode
+
+    def decode(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        length = input_ids.shape[1]
+        size = -(-length // WINDOW) * WINDOW
+        self.token.copy_(input_ids[:, -1:])
+        self.position.fill_(length - 1)
+        if size not in self.graphs:
+            return self.compiled(self.windows[size])
+        graph, output = self.graphs[size]
         graph.replay()
         return output
 
     @torch.no_grad()
-    def record() -> None:
+    def capture_graphs(self) -> None:
+        """Capture a CUDA graph for each window, once the step has been compiled by a first run."""
         pool = torch.cuda.graph_pool_handle()
-        for size, window in windows.items():
+        for size, window in self.windows.items():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                output = compiled(window)
-            graphs[size] = graph, output
+                output = self.compiled(window)
+            self.graphs[size] = graph, output
 
-    prepare = model.prepare_inputs_for_generation
-
-    def inputs(input_ids: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
+    def inputs(
+        self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         """The step needs the ids alone; transformers prepares the rest op by op, 0.5 ms a token (generation/utils.py:660)."""
         if is_first_iteration:
-            return prepare(input_ids, is_first_iteration=True, **kwargs)
+            return self.prepare(input_ids, is_first_iteration=True, **kwargs)
         return {"input_ids": input_ids}
 
-    def prompt_mask(inputs_embeds: Any, **_: Any) -> Any:
+    def prompt_mask(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
         length = inputs_embeds.shape[1]
-        return (places[: -(-length // WINDOW) * WINDOW] <= places[:length, None])[None, None]
+        return (self.places[: -(-length // WINDOW) * WINDOW] <= self.places[:length, None])[None, None]
 
-    model.prepare_inputs_for_generation = inputs
-    model.create_masks_for_generate = prompt_mask
-    model.get_compiled_call = lambda config: decode
-    model.hf_quantizer = None  # its is_compileable is False for Quanto: transformers quantizers/base.py
-    config = CompileConfig()
-    # the CPU too: transformers generation/utils.py, _valid_auto_compile_criteria
-    config._compile_all_devices = True
-    return {"past_key_values": cache, "compile_config": config}, record
+
+INDUCTOR_OPTIONS = {"combo_kernels": True, "post_grad_custom_pre_pass": SharedProducts()}
+transformers.AttentionInterface.register("qwquanto", window_attention)
+
+
+def static_cache(model: Any, max_tokens: int) -> StaticCache:
+    """transformers' static cache of full length in every layer. Raises Failure where transformers has none.
+
+    Sliding windows are left to the mask: StaticSlidingWindowLayer counts in Python (cache_utils.py:541), and every token
+    would compile anew.
+    """
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=max_tokens)
+    except Exception as error:
+        raise Failure(
+            f"{NOT_COMPILED}: it has no static cache ({type(error).__name__}): {LEAVE_OUT}"
+        ) from error
+    if not cache.is_compileable or not model._supports_default_dynamic_cache():
+        raise Failure(f"{NOT_COMPILED}: its cache is of its own kind: {LEAVE_OUT}")
+    return cache
+
+
+def check_compilable(model: Any, max_tokens: int) -> None:
+    """Raise Failure for a model that is compiled already, or that neither way can compile."""
+    if "_prepare_cache_for_generation" in vars(model):
+        raise Failure("this model's decode is compiled already: load it anew to compile it for other lengths")
+    if len({str(p.device) for p in model.parameters()}) > 1:
+        raise Failure(f"--compile needs the model on one device, it is spread over several: {LEAVE_OUT}")
+    if model.config.is_encoder_decoder:
+        raise Failure(f"{NOT_COMPILED}: it is no causal language model: {LEAVE_OUT}")
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    # Phi-3's prepare_inputs_for_generation (modeling_phi3.py) drops the cache where the frequencies change
+    if rope.get("rope_type") == "longrope" and max_tokens > limit:
+        raise Failure(
+            f"this model's positions change after {limit} tokens (longrope): compile it for at most that many"
+        )
+
+
+@contextlib.contextmanager
+def layers_as_regions(model: Any) -> Iterator[None]:
+    """Have one decoder layer compiled instead of all, while a model is compiled."""
+    names = model._no_split_modules or ()
+    forwards = {type(m): type(m).forward for m in model.modules() if type(m).__name__ in names}
+    try:
+        for kind, forward in forwards.items():
+            kind.forward = torch.compiler.nested_compile_region(forward)
+        yield
+    finally:
+        for kind, forward in forwards.items():
+            kind.forward = forward
+
+
+def begin_with(model: Any, cache: StaticCache, max_tokens: int) -> None:
+    """Have every generate() begin with an empty cache, and refuse what was not compiled."""
+    prepare = model._prepare_cache_for_generation
+
+    def begin(generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, *rest: Any) -> Any:
+        mask = model_kwargs.get("attention_mask")
+        if model_kwargs.get("past_key_values") is not cache:
+            raise Failure("a compiled model's generate() needs the options that compile_decode returned")
+        if batch * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) > 1:
+            raise Failure("compiled decode takes one sequence at a time, and no beams")
+        if mask is not None and not mask.all():
+            raise Failure("compiled decode takes no padding: leave the padded places out")
+        if generation_config.max_length > max_tokens:
+            wanted = f"prompt and max_new_tokens make {generation_config.max_length} tokens"
+            raise Failure(f"{wanted}, but this model's decode was compiled for {max_tokens}")
+        cache.reset()
+        return prepare(generation_config, model_kwargs, mode, batch, *rest)
+
+    model._prepare_cache_for_generation = begin
 
 
 def graphs_compiled() -> int:
     """Graphs that Dynamo has captured in this process."""
-    from torch._dynamo.utils import counters
-
-    return counters["stats"]["unique_graphs"]
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def compile_decode(s: Settings, rig: Rig, tell: Tell) -> Compiled:
-    """Compile the decode step by running it, and record it for all windows. Raises Failure if nothing was compiled."""
-    begin, tokens = time.perf_counter(), rig.prompt.shape[1]
-    judged = min(s.quality_tokens, rig.room) if s.compare else 0
-    longest = max(tokens + rig.new_tokens, tokens + judged, PREFILL_TOKENS)
-    tell(f"compiling the decode step for up to {longest} tokens: this takes a minute or so")
-    options, record = compilable(rig.model, longest)
-    rig.compile_options.update(options)
-    two_or_more = replace(rig, exact=True, new_tokens=max(2, rig.new_tokens))  # a first token needs no step
-    run_once(s, two_or_more, s.seed, tell, "compiling", warm_up=True)
-    if graphs_compiled() == 0:
-        raise Failure("torch.compile compiled nothing: these figures would be eager; leave --compile out")
-    if rig.model.device.type == "cuda":
-        tell("recording CUDA graphs", live=True)
-        record()
-    return Compiled(time.perf_counter() - begin, graphs_compiled())
+@torch.no_grad()
+def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
+    """Compile a loaded model's decode step for up to `max_tokens` of prompt and answer, one sequence; once a model.
+
+    Changes the model: afterwards its generate() needs CompiledDecode.options. Raises Failure for a model that cannot be
+    compiled. Takes from seconds to minutes.
+    """
+    max_tokens, before = max(max_tokens, 16), graphs_compiled()
+    check_compilable(model, max_tokens)
+    cache, step = static_cache(model, max_tokens), None
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # where Triton launches and graphs are captured
+    ordinary = model._supports_attention_backend and {type(layer) for layer in cache.layers} == {StaticLayer}
+    # the "dynamic" frequencies depend on the data: a whole step cannot be traced
+    ordinary &= "dynamic" not in str(getattr(model.config.get_text_config(), "rope_parameters", None))
+    if not ordinary and not model._can_compile_fullgraph:
+        raise Failure(f"{NOT_COMPILED}: {LEAVE_OUT}")
+    swap_layers(model)
+    try:
+        merge_layers(model)
+    except AttributeError as error:
+        raise Failure(
+            f"this model's code reads its layers' weights by itself ({error}): {LEAVE_OUT}"
+        ) from error
+    if ordinary:
+        step = DecodeStep(model, max_tokens)
+        step = step if step.agrees() else None
+    # what transformers refuses to compile: quantizers/base.py, is_compileable
+    model.hf_quantizer = None
+    model.generation_config.cache_implementation = None  # Gemma's; this cache is given to generate() as it is
+    if step:
+        cache = step.cache
+        step.compile()
+    else:
+        cache.layers = [
+            StaticLayer(max_tokens) if type(layer) is StaticSlidingWindowLayer else layer
+            for layer in cache.layers
+        ]
+        if not model._can_compile_fullgraph:
+            raise Failure(f"{NOT_COMPILED}: {LEAVE_OUT}")
+        options = INDUCTOR_OPTIONS | {"triton.cudagraphs": model.device.type == "cuda"}
+        compiled = torch.compile(model.__call__, options=options)
+        model.get_compiled_call = lambda config: compiled
+    begin_with(model, cache, max_tokens)
+    config = transformers.CompileConfig()
+    config._compile_all_devices = True  # the CPU too: generation/utils.py, _valid_auto_compile_criteria
+    options = {"past_key_values": cache, "compile_config": config}
+    with layers_as_regions(model) if step else contextlib.nullcontext():
+        ids = torch.full((1, 4), 2, device=model.device)
+        model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+        if step and model.device.type == "cuda":
+            step.capture_graphs()
+    if graphs_compiled() == before:
+        raise Failure(f"torch.compile compiled nothing of this model: {LEAVE_OUT}")
+    return CompiledDecode(OWN_STEP if step else STATIC_CACHE, graphs_compiled() - before, options)
+
+
+def compile_decode(model: Any, max_tokens: int) -> dict[str, Any]:
+    """For your own program: compile a loaded model's decode, and have the options that generate() then needs.
+
+        options = qwquanto.compile_decode(model, max_tokens=512)
+        ids = model.generate(ids, max_new_tokens=200, **options)
+
+    The model may be quantized by Quanto or not; bf16, fp16 or fp32; on the CPU or one GPU. Once a model; see
+    `prepare_compiled_decode`.
+    """
+    return prepare_compiled_decode(model, max_tokens).options
 
 
 def mean_window(prompt_tokens: int, generated_tokens: int) -> float:
@@ -1250,182 +3229,315 @@ def mean_window(prompt_tokens: int, generated_tokens: int) -> float:
     return statistics.fmean(-(-(prompt_tokens + i) // WINDOW) * WINDOW for i in steps)
 
 
-# --------------------------------------------------------------------------------------------------- measure
+# ---------------------------------------------------------------------------------------------------- timing
 
 
 @dataclass
-class Clock:
+class Bench:
+    """One configuration on its devices: what its generations need, filled while it is set up."""
+
+    settings: Settings
+    devices: list[str] = field(default_factory=lambda: ["cpu"])
+    handles: dict[str, Any] = field(default_factory=dict)  # device -> NVML's
+    meta_model: Any = None
+    free_bytes: float = 0.0  # on the devices, before loading
+    needed_bytes: float = math.inf  # of the weights
+    model: Any = None
+    tokenizer: Any = None
+    prompt: Any = None  # token ids, shape [1, prompt tokens]
+    new_tokens: int = 0  # at most; exactly, if `ignore_eos`
+    positions_left: int = 0  # that the model has after the prompt
+    ignore_eos: bool = False
+    decode_weight_bytes: int | None = None
+    cache: Any = None  # the KV cache of the latest generation
+    compiled: Any = None  # the CompiledDecode, once there is one
+
+
+@dataclass
+class TokenTimer:
     """A stopping criterion that takes the time of every token: generate() asks it after sampling, once a token.
 
     On CUDA it records an event: waiting for the device would keep the host from launching the rest of the step (that and
     a heavier `peak_memory` cost a compiled token on an H100 4.6 %). Elsewhere it reads the host's clock. On MPS generate()
     checks for the end one step late (transformers generation/utils.py, DeferredStopCheck), and waiting would undo that:
-    there only the first token is stamped.
+    there only the first token's time is right, and the number of steps.
     """
 
     devices: list[str]
-    limit_s: float
-    least_tokens: int  # before the time limit counts
-    each_token: Callable[[int, float], None] = lambda tokens, seconds: None  # tokens so far, seconds so far
+    timeout_s: float = math.inf
+    min_tokens: int = 0  # before the time limit counts
+    on_token: Callable[[int, float], None] = lambda tokens, seconds: None  # tokens so far, seconds so far
     stream: Any = None
     begin: float = 0.0
-    marks: list[Any] = field(default_factory=list)  # of the start and of each token: seconds or events
-    stamps: list[float] = field(default_factory=list)  # of each token, in seconds from the start
+    events: list[Any] = field(default_factory=list)  # of the start and of each token: seconds or CUDA events
+    token_times: list[float] = field(default_factory=list)  # in seconds from the start
     latency_s: float = 0.0
 
     def mark(self) -> None:
-        import torch
-
         if self.stream:
-            self.marks.append(self.stream.record_event(torch.cuda.Event(enable_timing=True)))
+            self.events.append(self.stream.record_event(torch.cuda.Event(enable_timing=True)))
             return
-        if self.devices == ["mps"] and len(self.marks) == 1:
+        if self.devices == ["mps"] and len(self.events) == 1:
             torch.mps.synchronize()
-        self.marks.append(time.perf_counter())
+        self.events.append(time.perf_counter())
 
     def start(self, device: Any) -> None:
         """Begin, with everything done; `device` is where tokens are sampled."""
-        import torch
-
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        synchronizer(self.devices)()
+        synchronize(self.devices)
         self.begin = time.perf_counter()
         self.mark()
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> bool:
         self.mark()
-        tokens, seconds = len(self.marks) - 1, time.perf_counter() - self.begin
-        self.each_token(tokens, seconds)
-        return seconds >= self.limit_s and tokens >= self.least_tokens
+        tokens, seconds = len(self.events) - 1, time.perf_counter() - self.begin
+        self.on_token(tokens, seconds)
+        return seconds >= self.timeout_s and tokens >= self.min_tokens
 
     def stop(self) -> None:
         """End, when everything is done."""
-        synchronizer(self.devices)()
+        synchronize(self.devices)
         self.latency_s = time.perf_counter() - self.begin
-        first, *tokens = self.marks
-        since = lambda mark: first.elapsed_time(mark) / 1000 if self.stream else mark - first
-        self.stamps = [since(mark) for mark in tokens]
+        first, *tokens = self.events
+        self.token_times = [first.elapsed_time(e) / 1000 if self.stream else e - first for e in tokens]
 
 
-@dataclass(frozen=True)
-class Rig:
-    """What a timed generation needs besides its settings."""
-
-    model: Any
-    tokenizer: Any
-    prompt: Any  # token ids, shape [1, prompt tokens]
-    new_tokens: int  # at most; exactly, if `exact`
-    room: int  # positions the model has left after the prompt
-    exact: bool
-    devices: list[str]
-    handles: dict[str, Any]
-    reads: tuple[int, int] | None = None  # see `bytes_per_token`
-    compile_options: dict[str, Any] = field(default_factory=dict)  # filled by `compile_decode`
-
-
-def options_for(s: Settings, rig: Rig) -> dict[str, Any]:
+def generation_options(bench: Bench) -> dict[str, Any]:
     """generate()'s options. max_new_tokens, since Qwen2.5's generation_config.json makes it ignore max_length."""
+    s = bench.settings
     # one sequence is never padded; None would be warned of
-    options = {"max_new_tokens": rig.new_tokens, "do_sample": s.do_sample, "pad_token_id": 0}
+    options = {"max_new_tokens": bench.new_tokens, "do_sample": s.do_sample, "pad_token_id": 0}
     if s.do_sample:
         options["temperature"] = s.temperature
-    if rig.exact:
+    if bench.ignore_eos:
         # ignored, not forbidden: min_new_tokens costs kernels for every token
         options["eos_token_id"] = None
     return options
 
 
-def generate(rig: Rig, prompt: Any, clock: Clock, **options: Any) -> Any:
-    """The token ids, shape [1, prompt + new], of one timed call of model.generate()."""
-    import torch
-
-    if rig.compile_options:
-        rig.compile_options["past_key_values"].reset()
-    options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [clock]}
-    clock.start(prompt.device)
-    ids = rig.model.generate(prompt, **options, **rig.compile_options)
-    clock.stop()
-    return ids
+def generate(bench: Bench, prompt: Any, timer: TokenTimer, **options: Any) -> Any:
+    """The token ids, shape [1, prompt + new], of one timed call of model.generate(); its cache stays in `bench`."""
+    options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [timer]}
+    options |= bench.compiled.options if bench.compiled else {}
+    timer.start(prompt.device)
+    output = bench.model.generate(prompt, return_dict_in_generate=True, **options)
+    timer.stop()
+    bench.cache = getattr(output, "past_key_values", None)
+    return output.sequences
 
 
-def run_once(s: Settings, rig: Rig, seed: int, tell: Tell, title: str, warm_up: bool = False) -> Run:
+def run_once(bench: Bench, seed: int, title: str, warm_up: bool = False) -> Run:
     """One timed generation of the question; a warm-up ends early, after WARMUP_TOKENS and WARMUP_S."""
-    import torch
-
-    told = [0.0]
+    s, shown = bench.settings, 0.0
 
     def progress(tokens: int, seconds: float) -> None:
-        if seconds - told[0] > 0.2:
-            told[0] = seconds
-            tell(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", live=True)
+        nonlocal shown
+        if seconds - shown > 0.2:
+            shown = seconds
+            done = max(tokens / bench.new_tokens, seconds / timer.timeout_s) if not warm_up else None
+            status(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", done and min(done, 1.0))
 
     limits = (WARMUP_S, WARMUP_TOKENS) if warm_up else (s.max_seconds, 0)
-    clock = Clock(rig.devices, *limits, progress)
-    options = options_for(s, rig)
+    timer = TokenTimer(bench.devices, *limits, progress)
     torch.manual_seed(seed)
-    energy = energy_j(rig.handles)
-    ids = generate(rig, rig.prompt, clock, **options)
-    latency, ttft = clock.latency_s, clock.stamps[0]
-    spent = {d: now - energy[d] for d, now in energy_j(rig.handles).items() if d in energy}
-    new = ids[0, rig.prompt.shape[1] :].tolist()
-    mps = rig.devices == ["mps"]
-    decode_s = latency - ttft if mps else clock.stamps[-1] - ttft
-    ends = rig.model.generation_config.eos_token_id
-    ended = not rig.exact and new[-1] in (ends if isinstance(ends, list) else [ends])
+    energy = energy_j(bench.handles)
+    ids = generate(bench, bench.prompt, timer, **generation_options(bench))
+    spent = {d: now - energy[d] for d, now in energy_j(bench.handles).items() if d in energy}
+    new = ids[0, bench.prompt.shape[1] :].tolist()
+    times, on_mps = timer.token_times, bench.devices == ["mps"]
+    # on MPS a step may follow the last token: its time counts, so it counts as a step too
+    steps, decode_s = (len(times), timer.latency_s - times[0]) if on_mps else (len(new), times[-1] - times[0])
+    ends = bench.model.generation_config.eos_token_id
+    ended = not bench.ignore_eos and new[-1] in (ends if isinstance(ends, list) else [ends])
     return Run(
         seed=seed,
-        prompt_tokens=rig.prompt.shape[1],
+        prompt_tokens=bench.prompt.shape[1],
         generated_tokens=len(new),
-        stop_reason="eos" if ended else "length" if len(new) == rig.new_tokens else "time",
-        latency_s=latency,
-        ttft_s=ttft,
-        decode_tokens_per_s=(len(new) - 1) / decode_s if len(new) > 1 else None,
-        tokens_per_s=len(new) / latency,
-        inter_token_s=[] if mps else [b - a for a, b in zip(clock.stamps, clock.stamps[1:], strict=False)],
-        # the counter moves every 20 to 100 ms: a short run's difference means nothing
-        energy_j=spent if latency >= 1 and spent else None,
-        text=rig.tokenizer.decode(new, skip_special_tokens=True) if rig.tokenizer else "",
+        stop_reason="eos" if ended else "length" if len(new) == bench.new_tokens else "time",
+        latency_s=timer.latency_s,
+        ttft_s=times[0],
+        decode_tokens_per_s=(steps - 1) / decode_s if len(new) > 1 else None,
+        tokens_per_s=len(new) / timer.latency_s,
+        inter_token_s=[] if on_mps else [b - a for a, b in itertools.pairwise(times)],
+        energy_j=spent or None,
+        text=bench.tokenizer.decode(new, skip_special_tokens=True) if bench.tokenizer else "",
     )
 
 
-def prefill_rate(s: Settings, rig: Rig, tell: Tell) -> tuple[int, float]:
+def warmup_runs(bench: Bench, title: str) -> list[Run]:
+    """WARMUP_RUNS untimed runs, and more until WARMUP_S have passed: a GPU machine needs seconds to reach its pace."""
+    begin, runs = time.perf_counter(), []
+    while len(runs) < bench.settings.warmup_runs or (runs and time.perf_counter() - begin < WARMUP_S):
+        runs.append(run_once(bench, bench.settings.seed + len(runs), title, warm_up=True))
+    return runs
+
+
+def timed_runs(bench: Bench, result: Result, runs: list[Run], count: int, kind: str = "") -> None:
+    """`count` timed runs into `runs`, each handed on at once, with a line and the time to go."""
+    s = bench.settings
+    with peak_memory(bench.devices, bench.handles) as peak:
+        for i in range(count):
+            left = duration((count - i) * median(r.latency_s for r in runs)) + " to go, " if runs else ""
+            run = run_once(bench, s.seed + i, f"{left}{kind}run {i + 1} of {count}")
+            runs.append(run)
+            result.memory["peak of runs"] = peak()
+            bytes_per_token = decode_read_bytes(bench, run)
+            used = utilization(result, runs, bytes_per_token)
+            target = result.compiled if runs is not result.runs else result
+            target.bytes_per_token, target.bandwidth_utilization = bytes_per_token, used
+            save(result)
+            rate = format_3g(run.decode_tokens_per_s)
+            tokens = plural(run.generated_tokens, "token")
+            log(f"{kind}run {i + 1} of {count}: {tokens}, {rate} tokens/s, {run.latency_s:.1f} s")
+
+
+def decode_read_bytes(bench: Bench, run: Run) -> int | None:
+    """Bytes that a decode step of a run must read on average, weights and cache; None where that is unknown."""
+    weights, filled = bench.decode_weight_bytes, run.prompt_tokens + run.generated_tokens - 1
+    read = run.prompt_tokens + run.generated_tokens / 2
+    if bench.compiled:  # a static cache, longer than what is filled
+        filled = bench.cache.layers[0].keys.shape[-2]
+        if bench.compiled.way == STATIC_CACHE:
+            read = filled
+        elif bench.prompt.device.type == "cpu":
+            read = mean_window(run.prompt_tokens, run.generated_tokens)
+    cached = cache_read_bytes(bench.cache, filled, read)
+    return int(weights + cached) if weights is not None and cached is not None else None
+
+
+def measure_prefill(bench: Bench, result: Result) -> None:
     """Prompt tokens and tokens a second of prefill: random ids, median of three after one that is not counted.
 
     On a slow machine the first is as good as any other and is the only one; where even that would take more than
     MAX_SECONDS, judged by the prefill of 32 tokens, the prompt is shorter.
     """
-    import torch
-
-    config = rig.model.config.get_text_config()
-    tokens = min(PREFILL_TOKENS, getattr(config, "max_position_embeddings", PREFILL_TOKENS) - 1)
-    ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(rig.prompt.device)
+    config = bench.model.config.get_text_config()
+    tokens = min(PREFILL_TOKENS, (max_positions(config) or PREFILL_TOKENS + 1) - 1)
+    ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
 
     def once(length: int) -> float:
-        tell(f"prefill of {length} tokens", live=True)
-        clock = Clock(rig.devices, math.inf, 0)
-        generate(rig, ids[:, :length], clock, max_new_tokens=1, do_sample=False, pad_token_id=0)
-        return clock.stamps[0]
+        status(f"prefill of {length} tokens")
+        timer = TokenTimer(bench.devices)
+        generate(bench, ids[:, :length], timer, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        return timer.token_times[0]
 
     small = once(min(32, tokens))
-    while tokens > 64 and small / 32 * tokens > s.max_seconds:
+    while tokens > 64 and small / 32 * tokens > bench.settings.max_seconds:
         tokens //= 2
     first = once(tokens)
-    return tokens, tokens / (first if first > 5 else statistics.median(once(tokens) for _ in range(3)))
+    result.prefill_rates = [
+        tokens / (first if first > 5 else once(tokens)) for _ in range(1 if first > 5 else 3)
+    ]
+    result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
+    save(result)
 
 
-def prompt_ids(s: Settings, folder: str | None, model: Any) -> tuple[Any, Any]:
-    """The tokenizer (None with random weights) and the question's token ids, shape [1, tokens]. Raises Failure."""
-    import torch
-    from transformers import AutoTokenizer
+PRODUCTS = r"quanto::|_weight_int\dpack_mm|aten::(mm|bmm|addmm|mkldnn_\w*linear\w*|_scaled_mm)$"
 
+
+def kernels_of_a_step(bench: Bench) -> dict[str, int]:
+    """Name -> calls, of the matrix products within one eager decode step, by torch's profiler."""
+    options = generation_options(bench) | {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    options.pop("temperature", None)
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    # from the first token on, so that prefill does not count
+    timer = TokenTimer(bench.devices, on_token=lambda tokens, _: profiler.start() if tokens == 1 else None)
+    generate(bench, bench.prompt, timer, **options)
+    profiler.stop()
+    calls = {event.key: event.count for event in profiler.key_averages() if re.search(PRODUCTS, event.key)}
+    return dict(sorted(calls.items(), key=lambda item: -item[1]))
+
+
+def try_torch_compile(bench: Bench, result: Result) -> None:
+    """`model = torch.compile(model)` as introductions have it: wrapped and bare generate() in alternating pairs."""
+    options = generation_options(bench) | {"max_new_tokens": min(bench.new_tokens, 32), "eos_token_id": None}
+    wrapped, graphs = torch.compile(bench.model), graphs_compiled()
+    found = TorchCompile(graphs=0, new_tokens=options["max_new_tokens"])
+
+    def seconds(model: Any) -> float:
+        timer = TokenTimer(bench.devices, timeout_s=bench.settings.max_seconds)
+        torch.manual_seed(bench.settings.seed)
+        timer.start(bench.prompt.device)
+        mask = torch.ones_like(bench.prompt)
+        model.generate(bench.prompt, attention_mask=mask, stopping_criteria=[timer], **options)
+        timer.stop()
+        return timer.latency_s
+
+    seconds(wrapped)  # compiles, on the day when it does
+    for i in range(TORCH_COMPILE_PAIRS):
+        status(f"torch.compile(model) as written: pair {i + 1} of {TORCH_COMPILE_PAIRS}")
+        pair = [(found.wrapped_s, wrapped), (found.bare_s, bench.model)]
+        for kept, model in pair if i % 2 else pair[::-1]:
+            kept.append(seconds(model))
+    found.graphs = graphs_compiled() - graphs
+    result.torch_compile = found
+    save(result)
+
+
+# --------------------------------------------------------------------------------------------------- quality
+
+
+def measure_quality(bench: Bench, result: Result, folder: Path) -> None:
+    """The first model to come here leaves its greedy answer in `folder`, as the reference; the others are judged on it.
+
+    On the path that is timed: the reference's tokens are forced one by one through generate()'s own decode step by a
+    logits processor that sees the logits first. Each position is log-softmaxed in float32 as it comes and the
+    reference's rows stay on disk, so a large vocabulary costs little memory.
+    """
+    s, start = bench.settings, bench.prompt.shape[1]
+    tokens_file = folder / "tokens.json"
+    is_reference = not tokens_file.exists()
+    known = {} if is_reference else json.loads(tokens_file.read_text())
+    positions = min(s.quality_tokens, bench.positions_left) if is_reference else len(known["tokens"])
+    kl, same = [], []
+
+    def logprobs(scores: Any) -> Any:
+        # a broken model's NaN must not pass unseen, and its infinities must not make another
+        return torch.log_softmax(scores[0].float().nan_to_num(0, 1e4, -1e4), -1)
+
+    def keep(ids: Any, scores: Any) -> Any:
+        logprobs(scores).cpu().numpy().tofile(rows)
+        return scores
+
+    def force(ids: Any, scores: Any) -> Any:
+        p = torch.from_numpy(np.fromfile(rows, np.float32, scores.shape[-1])).to(scores.device)
+        q = logprobs(scores)
+        kl.append((p.exp() * (p - q)).sum().item())
+        same.append((p.argmax() == q.argmax()).item())
+        forced = torch.full_like(scores, -math.inf)
+        forced[0, known["tokens"][ids.shape[1] - start]] = 0
+        return forced
+
+    title = "the reference answer" if is_reference else "quality on the reference answer"
+    show = lambda n, _: status(f"{title}: {n} of {positions} tokens", n / positions) if n % 8 == 0 else None
+    # a slow machine gets a shorter reference, the same for all
+    timer = TokenTimer(bench.devices, s.max_seconds if is_reference else math.inf, 1, show)
+    plain = dataclasses.replace(s, do_sample=False)
+    options = generation_options(dataclasses.replace(bench, settings=plain, ignore_eos=False))
+    options |= {"max_new_tokens": positions, "repetition_penalty": 1.0}
+    with reference_file(folder, "wb" if is_reference else "rb") as rows:
+        processor = keep if is_reference else force
+        ids = generate(bench, bench.prompt, timer, logits_processor=[processor], **options)
+    if is_reference:
+        tokens_file.write_text(json.dumps({"name": result.label, "tokens": ids[0, start:].tolist()}))
+        result.is_reference = True
+    else:
+        error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
+        interval, share = wilson(sum(same), len(same)), statistics.fmean(same)
+        figures = statistics.fmean(kl), error, percentile(kl, 99), share, *interval
+        result.quality = Quality(known["name"], len(kl), *figures)
+    save(result)
+
+
+# --------------------------------------------------------------------------------------------------- measure
+
+
+def tokenize(s: Settings, tokenizer: Any, model: Any) -> Any:
+    """The question's token ids, shape [1, tokens]; random ones with random weights. Raises Failure."""
     device = model.get_input_embeddings().weight.device
-    if s.random_weights:
+    if tokenizer is None:
         torch.manual_seed(s.seed)
-        return None, torch.randint(10, model.config.get_text_config().vocab_size - 10, (1, 16)).to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=s.trust_remote_code)
-    except Exception as error:
-        raise Failure(f"{s.model_name} has no usable tokenizer: {first_line(error)}") from error
+        return torch.randint(10, model.config.get_text_config().vocab_size - 10, (1, 16)).to(device)
     if s.chat and not getattr(tokenizer, "chat_template", None):
         raise Failure(f"{s.model_name} has no chat template: it is no chat model; leave --chat out")
     if s.chat:
@@ -1436,847 +3548,151 @@ def prompt_ids(s: Settings, folder: str | None, model: Any) -> tuple[Any, Any]:
         ids = tokenizer(s.question, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
         raise Failure("the tokenizer makes no token of the question: ask another QUESTION")
-    return tokenizer, ids.to(device)
+    return ids.to(device)
 
 
-def room_after(s: Settings, model: Any, prompt_tokens: int) -> int:
+def positions_after(s: Settings, model: Any, prompt_tokens: int) -> int:
     """Positions that the model has left after the prompt. Raises Failure where there is none for an answer."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    longest = max_positions(model.config) or 2**20
     if prompt_tokens >= min(longest, longest if s.compare else s.max_length):
         limit = f"MAX_LENGTH {s.max_length} or the model"
         raise Failure(f"the question has {prompt_tokens} tokens: {limit} leaves no room")
     return longest - prompt_tokens
 
 
-def really_used(s: Settings, rig: Rig) -> dict[str, Any]:
+def generation_used(bench: Bench) -> dict[str, Any]:
     """The sampling settings that generate() ends up with, its hidden defaults (top_k = 50) included."""
     sampling = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     names = (*sampling, "max_new_tokens", "eos_token_id")
-    prepared, _ = rig.model._prepare_generation_config(None, **options_for(s, rig))
+    prepared, _ = bench.model._prepare_generation_config(None, **generation_options(bench))
     return {name: getattr(prepared, name, None) for name in names}
 
 
-@dataclass
-class Stage:
-    """Where a measurement stands, for the message if it fails there."""
-
-    doing: str = "starting"
-    empty: Any = None
-    devices: list[str] = field(default_factory=lambda: ["cpu"])
-    free: float = 0.0  # bytes before loading
-    needed: float = math.inf  # bytes of the weights
-
-
-def measure(
-    s: Settings, tell: Tell, save: Callable[[Result], None], reference: str | None = None, debug: bool = False
-) -> Result:
-    """Load, measure and return one configuration; `save` gets the Result whenever it has grown, so nothing is lost.
-
-    `reference` is a folder in which the unquantized model leaves its answer, and the quantized ones find it.
-    Prints nothing. A failure is a field of the Result; only KeyboardInterrupt comes through.
-    """
-    result, stage = Result(s), Stage()
-
-    def grow(**fields: Any) -> Result:
-        nonlocal result
-        result = replace(result, **fields)
-        save(result)
-        return result
-
-    try:
-        rig = set_up(s, stage, tell, grow)
-        time_runs(s, rig, stage, tell, grow)
-        stage.doing = "measuring prefill"
-        tokens, rate = prefill_rate(s, rig, tell)
-        grow(prefill_tokens=tokens, prefill_tokens_per_s=rate)
-        if reference and s.quality_tokens and not s.random_weights:
-            stage.doing = "measuring quality"
-            grow(quality=judge(s, rig, Path(reference), tell))
-    except Exception as error:  # noqa: BLE001 (whatever it is becomes the Result's failure)
-        if debug:
-            traceback.print_exc()
-        text, unavailable = explain(error, stage)
-        grow(failure=text, unavailable=unavailable)
-    return result
-
-
-def set_up(s: Settings, stage: Stage, tell: Tell, grow: Callable[..., Result]) -> Rig:
+def set_up(bench: Bench, result: Result, on_terminal: bool) -> None:
     """Choose the device, load the model and ready it for its runs; memory and weights go into the Result."""
-    import torch
+    s, result.concerns_all = bench.settings, True
+    with step("looking for a device"):
+        bench.devices, notes = choose_devices(s.device)
+        result.devices, result.notes = bench.devices, notes + busy_note("at the start")
+        for note in result.notes:
+            log(note)
+    with step("getting the model", timeout_s=None):
+        folder = download_model(s.model_name, s.random_weights, not on_terminal)
+        if folder:
+            check_checkpoint(s, folder, bench.devices[0])
+        if not s.random_weights:
+            bench.tokenizer = load_tokenizer(s.model_name, folder, s.trust_remote_code)
+    with step("reading the model's configuration"):
+        bench.meta_model = make_meta_model(s, folder)
+        bench.needed_bytes = expected_bytes(bench.meta_model, s.weights or "none")
+        result.concerns_all = False
+        bench.devices = place_model(s, bench.meta_model, bench.devices, result.notes)
+        bench.free_bytes = sum(memory_of(device)[0] for device in bench.devices)
+        bench.handles, reasons = nvml_handles(bench.devices)
+        result.devices, result.notes = bench.devices, result.notes + reasons
+        result.environment = describe_environment(bench.devices, bench.handles)
+    with step("measuring the memory's bandwidth"):
+        result.memory_bytes_per_s = {device: memory_bandwidth(device) for device in bench.devices}
+        # returns what was measured with; without CUDA the latter does nothing
+        (torch.mps if bench.devices == ["mps"] else torch.cuda).empty_cache()
+        result.memory["before load"] = snapshot(bench.devices, bench.handles)
+        save(result)
+    if s.quanto_kernels and s.weights:
+        with step("building Quanto's own kernels"):
+            build_kernels(bench.devices)
+    with step("loading the model", timeout_s=None):
+        load_into(bench, result, folder)
+    with step("running the model"):
+        bench.prompt = tokenize(s, bench.tokenizer, bench.model)
+        tokens = bench.prompt.shape[1]
+        bench.positions_left, bench.ignore_eos = positions_after(s, bench.model, tokens), bool(s.compare)
+        bench.new_tokens = min(s.compare_tokens if s.compare else s.max_length - tokens, bench.positions_left)
+        result.generation = generation_used(bench)
 
-    stage.doing = "looking for a device"
-    stage.devices, notes = choose_devices(s.device)
-    notes += busy_note()
-    grow(devices=stage.devices, notes=notes)
-    for note in notes:
-        tell(note)
-    stage.doing = "getting the model"
-    folder = fetch(s)
-    if folder and not s.random_weights:
-        check_checkpoint(folder)
-    stage.doing = "reading the model's configuration"
-    stage.empty = skeleton(s, folder)
-    stage.needed = expected_bytes(stage.empty, s.weights or "none")
-    stage.devices = devices = fit(s, stage.empty, stage.devices, tell, notes)
-    stage.free = sum(memory_of(device)[0] for device in devices)
-    handles, reasons = nvml_handles(devices)
-    grow(environment=environment(devices, handles), devices=devices, notes=notes + reasons)
-    stage.doing = "measuring the memory's bandwidth"
-    tell(stage.doing, live=True)
-    speeds = {device: memory_bandwidth(device) for device in devices}
-    (torch.mps if devices == ["mps"] else torch.cuda).empty_cache()  # the latter: nothing without CUDA
-    before = snapshot(devices, handles)
-    grow(memory_bytes_per_s=speeds, memory={"before load": before})
-    stage.doing = "loading the model"
-    tell(stage.doing, live=True)
-    if s.weights:
-        use_plain_kernels()  # importing Quanto is not loading
+
+def build_kernels(devices: list[str]) -> None:
+    """Have Quanto compile what it would compile at first use, before any clock starts.
+
+    A `lock` file that a killed build left behind makes this hang: then the step's time limit ends it.
+    """
+    for name, registered in extension._extensions.items():
+        if name == "quanto_cpp" or (name == "quanto_cuda" and devices[0].startswith("cuda")):
+            _ = registered.lib
+
+
+def load_into(bench: Bench, result: Result, folder: str | None) -> None:
+    """Load the model, and note time, memory and weights."""
     begin = time.perf_counter()
-    with peak_memory(devices, handles) as peak:
-        model = load(s, folder, stage.empty, devices)
-        synchronizer(devices)()
-        load_s = time.perf_counter() - begin
-        memory = {"before load": before, "after load": snapshot(devices, handles), "peak of load": peak()}
-    result = grow(load_s=load_s, memory=memory, **weigh(model))
-    stage.doing = "running the model"
-    tokenizer, prompt = prompt_ids(s, folder, model)
-    room = room_after(s, model, prompt.shape[1])
-    wanted = s.compare_tokens if s.compare else s.max_length - prompt.shape[1]
-    reads = bytes_per_token(model, result.weight_bytes)
-    rig = Rig(model, tokenizer, prompt, min(wanted, room), room, bool(s.compare), devices, handles, reads)
-    grow(generation=really_used(s, rig))
-    return rig
+    with freed_memory_returned(), peak_memory(bench.devices, bench.handles) as peak:
+        bench.model = load_model(bench.settings, folder, bench.meta_model, bench.devices)
+        synchronize(bench.devices)
+        result.load_s = time.perf_counter() - begin
+        result.memory |= {"after load": snapshot(bench.devices, bench.handles), "peak of load": peak()}
+    for name, value in weight_stats(bench.model).items():
+        setattr(result, name, value)
+    bench.decode_weight_bytes = decode_weight_bytes(bench.model)
+    if bench.settings.weights:
+        linear = [m for m in bench.model.modules() if isinstance(m, torch.nn.Linear)]
+        result.skipped_layers = sum(not is_linear(module) for module in linear)
+    save(result)
 
 
-def warmup_runs(s: Settings, rig: Rig, tell: Tell, title: str) -> list[Run]:
-    """WARMUP_RUNS untimed runs, and more until WARMUP_S have passed: a GPU machine needs seconds to reach its pace."""
-    begin, runs = time.perf_counter(), []
-    while len(runs) < s.warmup_runs or (runs and time.perf_counter() - begin < WARMUP_S):
-        runs.append(run_once(s, rig, s.seed + len(runs), tell, title, warm_up=True))
-    return runs
+def measure_compiled(bench: Bench, result: Result) -> None:
+    """Ready this script's compiled decode step, and time it."""
+    s, tokens = bench.settings, bench.prompt.shape[1]
+    judged = min(s.quality_tokens, bench.positions_left) if s.compare else 0
+    longest = max(tokens + bench.new_tokens, tokens + judged, PREFILL_TOKENS + 1)
+    log(f"compiling the decode step for up to {longest} tokens: this takes a minute or so")
+    with step("compiling the decode step"):
+        begin = time.perf_counter()
+        bench.compiled = prepare_compiled_decode(bench.model, longest)
+        seconds = time.perf_counter() - begin
+        result.compiled = Compiled(bench.compiled.way, seconds, bench.compiled.graphs)
+        save(result)
+    with step("running the compiled model"):
+        result.warmup, graphs = warmup_runs(bench, "warm-up"), graphs_compiled()
+        timed_runs(bench, result, result.compiled.runs, s.runs, "compiled ")
+        result.compiled.recompilations = graphs_compiled() - graphs
 
 
-def time_runs(s: Settings, rig: Rig, stage: Stage, tell: Tell, grow: Callable[..., Result]) -> None:
-    """Warm-up and timed runs, eager before compiled in a comparison; a compiled `rig` is changed to that."""
-    if s.compile and s.compare:
-        warmup_runs(s, rig, tell, "eager warm-up")
-        eager = []
-        for i in range(s.runs):
-            eager.append(run_once(s, rig, s.seed + i, tell, f"eager run {i + 1} of {s.runs}"))
-            grow(eager_runs=eager.copy())
-    compiled = None
-    if s.compile:
-        stage.doing = "compiling the decode step"
-        compiled = compile_decode(s, rig, tell)
-        grow(compiled=compiled)
-        stage.doing = "running the compiled model"
-    warm = warmup_runs(s, rig, tell, "warm-up")
-    result, graphs, runs = grow(warmup=warm), compiled and graphs_compiled(), []
-    rate = decode_rate(warm)
-    each = min(s.max_seconds, rig.new_tokens / rate) if rate else s.max_seconds
-    longest = minutes(s.runs * each)
-    tell(f"{counted(s.runs, 'run')} of at most {rig.new_tokens} tokens: up to {longest}, then prefill")
-    with peak_memory(rig.devices, rig.handles) as peak:
-        for i in range(s.runs):
-            runs.append(run_once(s, rig, s.seed + i, tell, f"run {i + 1} of {s.runs}"))
-            result = grow(runs=runs.copy(), memory=result.memory | {"peak of runs": peak()})
-            result = grow(**utilization(result, rig))
-    if compiled:
-        grow(compiled=replace(compiled, recompilations=graphs_compiled() - graphs))
+def measure(result: Result, reference: str | None, on_terminal: bool = False, debug: bool = False) -> None:
+    """Load and measure one configuration into `result`, saved whenever it has grown, so that nothing is lost.
 
-
-# --------------------------------------------------------------------------------------------------- quality
-
-
-def judge(s: Settings, rig: Rig, folder: Path, tell: Tell) -> Quality | None:
-    """The unquantized model leaves its greedy answer in `folder` (None); a quantized one is judged on it.
-
-    On the path that is timed: the reference's tokens are forced one by one through generate()'s own decode step by a
-    logits processor that sees the logits first. Each position is log-softmaxed in float32 as it comes and the
-    reference's rows stay on disk, so a large vocabulary costs little memory.
+    `reference` is a folder in which the first precision leaves its answer, and the later ones find it. Prints nothing; a
+    failure becomes a field of the Result.
     """
-    import numpy as np
-    import torch
-
-    start, vocabulary = rig.prompt.shape[1], rig.model.config.get_text_config().vocab_size
-    tokens_file, rows_file = folder / "tokens.npy", folder / "logprobs.npy"
-    kl, same = [], []
-
-    def logprobs(scores: Any) -> Any:
-        # a broken model's NaN must not pass unseen, and its infinities must not make another
-        return torch.log_softmax(scores[0].float().nan_to_num(0, 1e4, -1e4), -1)
-
-    def keep(ids: Any, scores: Any) -> Any:
-        rows[ids.shape[1] - start] = logprobs(scores).cpu().numpy()
-        return scores
-
-    def force(ids: Any, scores: Any) -> Any:
-        position = ids.shape[1] - start
-        p, q = torch.tensor(rows[position], device=scores.device), logprobs(scores)
-        kl.append((p.exp() * (p - q)).sum().item())
-        same.append((p.argmax() == q.argmax()).item())
-        forced = torch.full_like(scores, -math.inf)
-        forced[0, int(tokens[position])] = 0
-        return forced
-
-    if s.weights is None:
-        room = min(s.quality_tokens, rig.room)
-        rows, tokens = np.lib.format.open_memmap(rows_file, "w+", np.float32, (room, vocabulary)), range(room)
-    elif not tokens_file.exists():
-        return None
-    else:
-        rows, tokens = np.load(rows_file, mmap_mode="r"), np.load(tokens_file)
-    told = "the reference answer" if s.weights is None else "quality on the reference answer"
-    each = lambda n, _: tell(f"{told}: {n} of {len(tokens)} tokens", live=True) if n % 8 == 0 else None
-    # a slow machine gets a shorter reference, the same for all
-    clock = Clock(rig.devices, math.inf if s.weights else s.max_seconds, 1, each)
-    options = options_for(replace(s, do_sample=False), replace(rig, exact=False))
-    options |= {"max_new_tokens": len(tokens), "repetition_penalty": 1.0}
-    ids = generate(rig, rig.prompt, clock, logits_processor=[force if s.weights else keep], **options)
-    if s.weights is None:
-        rows.flush()
-        np.save(tokens_file, ids[0, start:].cpu().numpy())
-        return None
-    low, high = wilson(sum(same), len(same))
-    return Quality(len(kl), statistics.fmean(kl), statistics.fmean(same), low, high)
-
-
-# ------------------------------------------------------------------------------------------------ statistics
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927): sensible near 0 and 1 and for few trials, unlike +-1.96 s."""
-    z, share = 1.96, successes / trials
-    middle, scale = share + z * z / (2 * trials), 1 + z * z / trials
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def percentile(values: list[float], percent: int) -> float | None:
-    """Linear interpolation between the sorted values; None without values."""
-    if len(values) < 2:
-        return values[0] if values else None
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-
-
-def middle(values: Iterable[float | None]) -> float | None:
-    """The median of what is known."""
-    known = [v for v in values if v is not None]
-    return statistics.median(known) if known else None
-
-
-def decode_rate(runs: list[Run]) -> float | None:
-    """Median decode tokens/s of some runs."""
-    return middle(r.decode_tokens_per_s for r in runs)
-
-
-def common_rates(runs: list[Run]) -> list[float]:
-    """Each run's decode tokens/s over the positions that all reached: sampled answers differ in length, and decode
-    slows as the context grows, so only this compares run with run."""
-    gaps = [r.inter_token_s for r in runs]
-    shared = min(map(len, gaps), default=0)
-    return [shared / sum(g[:shared]) for g in gaps] if shared else []
-
-
-def relative_deviation(runs: list[Run]) -> float | None:
-    """Sample standard deviation of `common_rates` over their mean."""
-    rates = common_rates(runs)
-    return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
-
-
-def utilization(r: Result, rig: Rig) -> dict[str, Any]:
-    """The Result's fields bytes_per_token and bandwidth_utilization (MBU).
-
-    Over several GPUs, which work one after the other, the time that memory needs is the sum of each one's.
-    """
-    cached = rig.prompt.shape[1] + statistics.fmean(run.generated_tokens for run in r.runs) / 2
-    # CUDA's kernel reads no place that is still empty
-    if rig.compile_options and rig.prompt.device.type != "cuda":
-        cached = mean_window(rig.prompt.shape[1], max(run.generated_tokens for run in r.runs))
-    if rig.reads is None:
-        return {}
-    step, rate = int(rig.reads[0] + rig.reads[1] * cached), decode_rate(r.runs)
-    if rate is None:
-        return {"bytes_per_token": step}
-    speeds, held = r.memory_bytes_per_s, {}
-    for device in speeds:
-        here = [p for p in rig.model.parameters() if device in (str(p.device), p.device.type)]
-        held[device] = stored_bytes(here)
-    seconds = sum(step * held[d] / sum(held.values()) / speeds[d] for d in speeds)
-    return {"bytes_per_token": step, "bandwidth_utilization": seconds * rate}
-
-
-def wide(r: Result) -> bool:
-    """Whether the unquantized model has 32 bits a parameter."""
-    return bool(r.parameters and r.unquantized_bytes > 3 * r.parameters)
-
-
-def warnings_for(r: Result) -> list[str]:
-    """What a reader must know before trusting the numbers, the worst first."""
-    told = []
-    if r.settings.random_weights:
-        told.append("Random weights: speed and memory hold, text and quality mean nothing.")
-    if r.settings.weights and wide(r):
-        told.append(
-            "32-bit weights: Quanto's promises are made against 16 bit (--dtype bfloat16 or float16)."
-        )
-    if r.settings.weights and r.quantized_layers == 0:
-        told.append(f"NOTHING WAS QUANTIZED: Quanto knows none of its layers; {r.name} is it as stored.")
-    elif r.settings.weights and r.quantizable_bytes and r.quantizable_bytes < r.unquantized_bytes / 2:
-        share = percent(r.quantizable_bytes / r.unquantized_bytes)
-        told.append(f"{r.name}: Quanto reaches only {share} % of the weights; the others stay as stored.")
-    if verdict(r) == "broken":
-        told.append(f"{r.name} BREAKS THIS MODEL (KL {digits(r.quality.kl_divergence)} nats): do not use it.")
-    if r.quality and r.quality.positions < 32:
-        told.append(
-            f"{r.name}: quality rests on {r.quality.positions} tokens only: a short answer, or MAX_SECONDS."
-        )
-    if r.runs and all((run.stop_reason, run.generated_tokens) == ("eos", 1) for run in r.runs):
-        told.append(f"{r.name}: every answer ended at its first token: a chat model wants --chat.")
-    for kind, runs in (("eager ", r.eager_runs), ("", r.runs)):
-        rates, deviation = common_rates(runs), relative_deviation(runs)
-        if r.settings.compare and any(run.stop_reason == "time" for run in runs):
-            told.append(
-                f"{r.name}: {kind}runs ended by MAX_SECONDS, so this is less work than the others did."
-            )
-        if deviation is not None and deviation > UNSTABLE:
-            told.append(
-                f"{r.name}: the {kind}runs' rates differ by {percent(deviation)} % (s.d.): is the machine busy?"
-            )
-        # never of three runs, whose extremes are at most 2 s.d. apart
-        if deviation and rates[0] - rates[-1] > max(2 * deviation, UNSTABLE) * statistics.fmean(rates):
-            told.append(
-                f"{r.name}: the last {kind}run is far slower than the first (over 2 s.d.): heat? another program?"
-            )
-    if r.compiled and r.compiled.recompilations:
-        told.append(f"{r.name}: {r.compiled.recompilations} recompilations within timed runs count here.")
-    return told + r.notes
-
-
-def unlike(results: list[Result]) -> list[str]:
-    """Where the precisions were not measured alike, so that their figures are hard to compare.
-
-    A process may get faster or slower memory than another: on a shared virtual machine 33 to 61 GB/s, steady in each.
-    """
-    told, lengths = [], {r.name: r.prefill_tokens for r in results if r.prefill_tokens}
-    if len(set(lengths.values())) > 1:
-        each = ", ".join(f"{name} {tokens}" for name, tokens in lengths.items())
-        told.append(
-            f"Prefill was measured on prompts of different length ({each} tokens): do not compare it."
-        )
-    for device in dict.fromkeys(device for r in results for device in r.memory_bytes_per_s):
-        speeds = [r.memory_bytes_per_s[device] for r in results if device in r.memory_bytes_per_s]
-        if max(speeds) > 1.1 * min(speeds):
-            span = f"{digits(min(speeds), 1e9)} to {digits(max(speeds), 1e9)} GB/s"
-            told.append(f"Memory of {device}: {span} measured beside different precisions; MBU is rough.")
-    return told
-
-
-# ---------------------------------------------------------------------------------------------------- report
-# Pure: Results in; lines of rich markup and tables out.
-
-
-def digits(value: float | None, scale: float = 1) -> str:
-    """Three significant digits; a dash for the unknown."""
-    if value is None:
-        return "–"
-    value /= scale
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".") if value else "0"
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 run", "5 runs"."""
-    return f"{number} {noun}" + "s" * (number != 1)
-
-
-def gib(value: float | None) -> str:
-    return digits(value, 2**30)
-
-
-def percent(value: float | None) -> str:
-    return digits(value, 0.01)
-
-
-def milliseconds(value: float | None) -> str:
-    return digits(value, 0.001)
-
-
-def literal(text: str) -> str:
-    """Text that rich prints as it is."""
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def saving(r: Result) -> float | None:
-    """Share of the unquantized bytes that this precision saves."""
-    return 1 - r.weight_bytes / r.unquantized_bytes if r.weight_bytes and r.unquantized_bytes else None
-
-
-def peak_bytes(r: Result) -> int | None:
-    """Peak of the runs: tensors on all devices; where torch keeps no count (CPU), the process's RSS."""
-    peak = r.memory.get("peak of runs", {})
-    return sum(n for name, n in peak.items() if name.endswith("allocated")) or peak.get("rss")
-
-
-def joules(run: Run) -> float | None:
-    """Energy of a run over all devices."""
-    return sum(run.energy_j.values()) if run.energy_j else None
-
-
-def joules_a_token(run: Run) -> float | None:
-    return joules(run) / run.generated_tokens if joules(run) else None
-
-
-def table(title: str, columns: Iterable[str], rows: list[list[str]], left: int = 1) -> list[Any]:
-    """A title and a table with Markdown borders; the first `left` columns are text, the others numbers."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.MARKDOWN, header_style="none")
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
-    for row in rows:
-        made.add_row(*row)
-    return [f"[bold]### {title}[/]", made]
-
-
-def bar(value: float | None, largest: float, style: str, width: int) -> str:
-    """A figure behind a bar of its size."""
-    cells = 0 if not value or not largest else max(1, round(width * value / largest))
-    return f"[{style}]{'█' * cells}[/]{' ' * (width - cells)} {digits(value):>5}"
-
-
-def heading(r: Result, alerts: list[str]) -> list[str]:
-    """Model, form, hardware and versions; then what must not be overlooked."""
-    s, e = r.settings, r.environment
-    form = "comparison" if s.compare else r.name
-    size = f", {digits(r.parameters, 1e9)} B parameters" if r.parameters else ""
-    hardware = [text for key, text in e.items() if key in ("cpu", "ram") or key in r.devices]
-    versions = [
-        f"{key} {text}" for key, text in e.items() if key not in ("cpu", "ram") and key not in r.devices
-    ]
-    compiled = ", compiled" if s.compile else ""
-    title = f"[bold]# {literal(s.model_name)}: {form}{compiled}[/]{size}, on {', '.join(r.devices)}"
-    return [title, "; ".join(hardware), ", ".join(versions), *([""] if alerts else []), *alerts, ""]
-
-
-def single_report(r: Result) -> list[Any]:
-    """The report of one configuration."""
-    alerts = [f"[bold red]FAILED: {literal(r.failure)}[/]"] if r.failure else []
-    alerts += [f"[bold yellow]! {literal(text)}[/]" for text in warnings_for(r)]
-    parts = heading(r, alerts)
-    parts += [*speed_table(r), *runs_table(r)] if r.runs else []
-    parts += memory_table(r) if r.memory else []
-    parts += weight_lines(r)
-    if r.runs and r.runs[0].text:
-        answer = " ".join(r.runs[0].text.split())[:400].rstrip("\ufffd")  # half a character, cut by the end
-        parts += ["", "[bold]### The first answer begins[/]", "", f"> {literal(answer)}"]
-    return parts
-
-
-def speed_table(r: Result) -> list[Any]:
-    """Median and extremes of the timed runs."""
-    measures = {
-        "decode tokens/s": [run.decode_tokens_per_s for run in r.runs],
-        "TTFT ms": [run.ttft_s * 1000 for run in r.runs],
-        "latency s": [run.latency_s for run in r.runs],
-        "tokens/s of the whole call": [run.tokens_per_s for run in r.runs],
-        "joules a token": [joules_a_token(run) for run in r.runs],
-    }
-    known = {name: [v for v in values if v is not None] for name, values in measures.items()}
-    rows = [[name, digits(middle(v)), digits(min(v)), digits(max(v))] for name, v in known.items() if v]
-    gaps = [gap for run in r.runs for gap in run.inter_token_s]
-    single = {f"inter-token ms p{p}": milliseconds(percentile(gaps, p)) for p in (50, 90, 99)} if gaps else {}
-    single |= {
-        "s.d. of the decode rate %": percent(relative_deviation(r.runs)),
-        f"prefill tokens/s ({r.prefill_tokens or PREFILL_TOKENS} tokens)": digits(r.prefill_tokens_per_s),
-        "memory bandwidth measured GB/s": digits(min(r.memory_bytes_per_s.values(), default=None), 1e9),
-        "share of it that decode uses % (MBU)": percent(r.bandwidth_utilization),
-    }
-    rows += [[name, value, "", ""] for name, value in single.items()]
-    title = f"Speed: {counted(len(r.runs), 'timed run')}, {r.runs[0].prompt_tokens} prompt tokens"
-    if r.compiled:
-        title += f"; decode compiled in {digits(r.compiled.seconds)} s: {counted(r.compiled.graphs, 'graph')}"
-        title += f", {counted(r.compiled.recompilations, 'recompilation')}"
-    return table(title, ("", "median", "min", "max"), rows)
-
-
-def runs_table(r: Result) -> list[Any]:
-    """A line a run."""
-    columns = ("run", "ended by", "tokens", "TTFT ms", "decode tok/s", "latency s", "J")
-    rows = []
-    times = f" x{len(r.warmup)}" if len(r.warmup) > 1 else ""
-    warm = [(f"warm{times}", w) for w in r.warmup[-1:]]
-    for name, run in warm + [(str(i + 1), run) for i, run in enumerate(r.runs)]:
-        ended = "–" if name.startswith("warm") else run.stop_reason
-        rest = digits(run.decode_tokens_per_s), digits(run.latency_s), digits(joules(run))
-        rows.append([name, ended, str(run.generated_tokens), milliseconds(run.ttft_s), *rest])
-    used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
-    return table(f"Runs ({used})", columns, rows, left=2)
-
-
-def memory_table(r: Result) -> list[Any]:
-    """Every phase of memory, a row each kind."""
-    phases = ("before load", "after load", "peak of load", "peak of runs")
-    names = {
-        name: name.replace("used", "used by all").replace("rss", "process RSS")
-        for name in r.memory[phases[0]]
-    }
-    rows = [[told, *(gib(r.memory.get(p, {}).get(name)) for p in phases)] for name, told in names.items()]
-    return table("Memory", ("GiB", *phases), rows)
-
-
-def weight_lines(r: Result) -> list[str]:
-    """The weights in two sentences."""
-    if r.weight_bytes is None:
-        return []
-    kinds = ", ".join(f"{count} {kind}" for kind, count in r.weight_types.items())
-    return [
-        (
-            f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/] ({gib(r.weight_bytes)} GiB); unquantized "
-            f"{r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved. Loaded in {digits(r.load_s)} s."
-        ),
-        f"Quantized: {r.quantized_layers} of {r.linear_layers} linear layers{f' ({kinds})' if kinds else ''}.",
-    ]
-
-
-def verdict(r: Result) -> str:
-    """What became of the answers: kept, changed, broken, or – where that was not measured."""
-    if r.quality is None:
-        return "–"
-    kl = r.quality.kl_divergence
-    return "kept" if kl < KEEPS else "changed" if kl <= BREAKS else "broken"
-
-
-def comparison_report(results: list[Result]) -> list[Any]:
-    """Tables, promises and verdict of several precisions of one model."""
-    alerts = []
-    for r in results:
-        if r.failure:
-            what = "unavailable" if r.unavailable else "FAILED"
-            alerts.append(f"[bold red]{r.name} {what}: {literal(r.failure)}[/]")
-    common = set.intersection(*(set(r.notes) for r in results))
-    named = lambda r, text: f"{r.name}: {text}" if text in r.notes and text not in common else text
-    warned = dict.fromkeys([named(r, text) for r in results for text in warnings_for(r)] + unlike(results))
-    alerts += [f"[bold yellow]! {literal(text)}[/]" for text in warned]
-    parts = heading(next((r for r in results if r.environment), results[0]), alerts)
-    parts += [*comparison_speed(results), *comparison_memory(results), *promises_table(results)]
-    return [*parts, *promise_reasons(results), *verdict_lines(results)]
-
-
-def label(r: Result) -> str:
-    """A row's name, marked if it failed."""
-    return f"{r.name} [red]✗[/]" if r.failure else r.name
-
-
-def comparison_speed(results: list[Result]) -> list[Any]:
-    """The comparison's first table."""
-    s, rates = results[0].settings, {r.name: decode_rate(r.runs) for r in results}
-    largest, base, rows = max((v for v in rates.values() if v), default=0), rates.get("none"), []
-    for r in results:
-        rate, ttft = rates[r.name], middle(run.ttft_s for run in r.runs)
-        drawn = bar(rate, largest, "green" if rate == largest else "cyan", 6)
-        ratio = digits(rate / base) if rate and base else "–"
-        energy = middle(joules_a_token(run) for run in r.runs)
-        rest = (
-            digits(r.prefill_tokens_per_s),
-            milliseconds(ttft),
-            percent(r.bandwidth_utilization),
-            digits(energy),
-        )
-        rows.append([label(r), drawn, ratio, *rest])
-    columns = ("weights", "decode tok/s", "x none", "prefill tok/s", "TTFT ms", "MBU %", "J/tok")
-    tokens = next((r.generation["max_new_tokens"] for r in results if r.generation), s.compare_tokens)
-    return table(f"Speed: medians of {counted(s.runs, 'run')} of {tokens} new tokens", columns, rows)
-
-
-def comparison_memory(results: list[Result]) -> list[Any]:
-    """The comparison's second table."""
-    colours = {"kept": "green", "changed": "yellow", "broken": "bold red", "reference": "dim", "–": "dim"}
-    largest, rows = max((r.weight_bytes or 0 for r in results), default=0) / 2**30, []
-    for r in results:
-        q, said = r.quality, verdict(r)
-        said = "reference" if r.name == "none" and any(o.quality for o in results) else said
-        share = f"{q.same_top_token * 100:.0f} ({q.low * 100:.0f}–{q.high * 100:.0f})" if q else "–"
-        drawn = bar(r.weight_bytes and r.weight_bytes / 2**30, largest, "cyan", 3)
-        rest = percent(saving(r)), gib(peak_bytes(r)), digits(q and q.kl_divergence), share
-        rows.append([label(r), drawn, *rest, f"[{colours[said]}]{said}[/]"])
-    peak = "RSS" if results[0].devices == ["cpu"] else "tensors"
-    columns = ("weights", "stored", "saved %", "peak", "KL nats", "same top %", "answers")
-    return table(f"Memory in GiB (peak: {peak}) and quality (same top token: 95 % interval)", columns, rows)
-
-
-def promises(results: list[Result]) -> dict[str, dict[str, tuple[bool, str] | None]]:
-    """Promise of Quanto's documentation -> precision -> kept, and the figure; None where it was not measured."""
-    base = decode_rate(next((r.runs for r in results if r.name == "none"), []))
-    told: dict[str, dict[str, tuple[bool, str] | None]] = {promise: {} for promise in PROMISED}
-    for r in results:
-        if r.name == "none":
-            continue
-        rate, saved, eager = decode_rate(r.runs), saving(r), decode_rate(r.eager_runs)
-        if wide(r):  # the promises are made against 16 bit
-            saved = base = None
-        found = (
-            (saved >= 0.5, f"{percent(saved)} %") if saved is not None else None,
-            (rate >= 0.9 * base, f"{percent(rate / base)} %") if rate and base else None,
-            (r.quality.kl_divergence < KEEPS, digits(r.quality.kl_divergence)) if r.quality else None,
-            (rate >= 1.2 * eager, f"{100 * (rate / eager - 1):+.0f} %") if rate and eager else None,
-        )
-        for promise, figure in zip(PROMISED, found, strict=True):
-            told[promise][r.name] = figure
-    return told
-
-
-def promises_table(results: list[Result]) -> list[Any]:
-    """The documentation's promises against what was measured here."""
-    measured, rows = promises(results), []
-    for promise, row in measured.items():
-        cells = [f"[{'green]✓' if c[0] else 'red]✗'} {c[1]}[/]" if c else "–" for c in row.values()]
-        rows.append([promise, PROMISED[promise], *cells])
-    columns = ("promise", "documented", *measured["quality (KL)"])
-    return table("Quanto's promises: ✓ kept, ✗ not kept, – not measured", columns, rows, left=2)
-
-
-def promise_reasons(results: list[Result]) -> list[str]:
-    """Why a promise was not kept, where the program knows."""
-    told, kept = [], promises(results)
-    for r in results:
-        figure = kept["memory saved"].get(r.name)
-        if BITS[r.name] == 8 and figure and not figure[0]:
-            width = r.unquantized_bytes / r.parameters * 8  # bits a stored parameter has
-            most = percent(r.quantizable_bytes / r.unquantized_bytes * (1 - BITS[r.name] / width))
-            told.append(f"Memory: embeddings and output stay as stored: 8 bit saves at most {most} %.")
-            break
-    slow = any(figure and not figure[0] for figure in kept["16-bit speed"].values())
-    if slow and not results[0].settings.compile:
-        why = "eager Quanto calls Python for every layer and widens weights on every call"
-        told.append(f"Speed: {why}: see --compile.")
-    return told
-
-
-def verdict_lines(results: list[Result]) -> list[str]:
-    """The answer to "which one?", by plain rules on the figures."""
-    speed = {r.name: decode_rate(r.runs) for r in results if decode_rate(r.runs)}
-    size = {r.name: r.weight_bytes for r in results if r.name in speed and r.weight_bytes}
-    if not size:
-        return []
-    fastest, smallest = max(speed, key=speed.get), min(size, key=size.get)
-    told = f"[bold]Fastest: {fastest}[/] ({digits(speed[fastest])} tokens/s). "
-    told += f"[bold]Smallest: {smallest}[/] ({gib(size[smallest])} GiB). "
-    shaky = ", ".join(r.name for r in results if (relative_deviation(r.runs) or 0) > UNSTABLE)
-    doubt = [f"[bold yellow]Do not count on the speed of {shaky}: see above.[/]"] if shaky else []
-    if not any(r.quality for r in results):
-        return [told + "Quality was not measured.", *doubt]
-    kept = {r.name: size[r.name] for r in results if r.name in size and verdict(r) == "kept"}
-    if kept:
-        small = [name for name in kept if kept[name] <= 1.01 * min(kept.values())]
-        best = max(small, key=speed.get)  # of equally small ones the fastest
-        told += f"[bold green]Smallest that keeps the answers: {best}[/] ({gib(size[best])} GiB, {digits(speed[best])} tokens/s)."
-    else:
-        told += "[bold]No quantized precision keeps the answers.[/]"
-    for kind in ("changed", "broken"):
-        names = ", ".join(r.name for r in results if verdict(r) == kind)
-        told += f" Answers {kind}: {names}." if names else ""
-    return [told, *doubt]
-
-
-# --------------------------------------------------------------------------------------------------- compare
-
-
-def work(s: Settings, reference: str, pipe: Any, debug: bool) -> None:
-    """The body of a comparison's child process: sends ("tell", arguments) and ("result", Result) to its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides
-    quiet_libraries(debug)
-    measure(
-        s,
-        lambda text, live=False: pipe.send(("tell", (text, live))),
-        lambda r: pipe.send(("result", r)),
-        reference,
-        debug,
-    )
-
-
-def compare(s: Settings, tell: Tell, save: Callable[[Result], None], debug: bool = False) -> None:
-    """Measure each precision of COMPARE in a process of its own, the unquantized model first.
-
-    Whatever a child says is handed to `save` at once, so that a crash costs only what was not yet measured. A child
-    that dies, or says nothing for SILENCE_S seconds, becomes a failed Result.
-    """
-    context = multiprocessing.get_context("spawn")
-    names = sorted((p or "none" for p in s.compare), key=PRECISIONS.index)
-    runs = counted(s.runs, "eager run") + f" and {s.runs} compiled" if s.compile else counted(s.runs, "run")
-    most = minutes(len(names) * s.runs * (2 if s.compile else 1) * s.max_seconds)
-    most += " of runs, and loading and quality; a better estimate follows the first"
-    tell(f"{', '.join(names)}: {runs} each, at most {most}")
-    tell("getting the model", live=True)
+    s, bench = result.settings, Bench(result.settings)
     try:
-        fetch(s)  # here, where a long download is no silence
-    except Exception as error:  # noqa: BLE001 (as in `measure`)
+        set_up(bench, result, on_terminal)
+        with step("running the model"):
+            result.warmup = warmup_runs(bench, "warm-up")
+            # alone, the eager model is only the compiled step's measure: one run
+            timed_runs(
+                bench, result, result.runs, 1 if s.compile and not s.compare else s.runs, "eager " * s.compile
+            )
+            result.kernels = kernels_of_a_step(bench)
+            result.defects = quanto_defects(bench.model)
+        if s.compile and s.compare and s.weights == "int8":
+            with step("trying torch.compile(model) as written", timeout_s=TORCH_COMPILE_S):
+                try_torch_compile(bench, result)
+        if s.compile:
+            measure_compiled(bench, result)
+        with step("measuring prefill"):
+            measure_prefill(bench, result)
+        if reference and s.quality_tokens and not s.random_weights:
+            with step("measuring quality"):
+                measure_quality(bench, result, Path(reference))
+        result.notes += busy_note("at the end")
+        result.complete = True
+    except Exception as error:  # whatever it is becomes the Result's failure
         if debug:
             traceback.print_exc()
-        text, _ = explain(error, Stage("getting the model"))
-        save(replace(Result(of_precision(s, names[0])), failure=text))
-        return
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="qwquanto-") as reference:
-        for i, name in enumerate(names):
-            rest = f", about {minutes((time.monotonic() - began) / i * (len(names) - i))} to go" if i else ""
-            tell(f"{name} ({i + 1} of {len(names)}{rest})")
-            result = Result(of_precision(s, name))
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (result.settings, reference, sender, debug)
-            child = context.Process(target=work, args=arguments, daemon=True)
-            child.start()
-            sender.close()
-            try:
-                result, failure = listen(receiver, result, tell, save)
-                child.join(timeout=None if failure is None else 0)
-            finally:
-                child.kill()
-                child.join()
-            if failure is None and (child.exitcode or not result.devices):
-                failure = death(child.exitcode)
-            if failure:
-                save(replace(result, failure=result.failure or failure))  # its own words say more
-
-
-def of_precision(s: Settings, name: str) -> Settings:
-    return replace(s, weights=None if name == "none" else name)
-
-
-def listen(receiver: Any, result: Result, tell: Tell, save: Callable) -> tuple[Result, str | None]:
-    """Pass on what a child says until its pipe closes: its last Result, and a failure if it fell silent instead."""
-    while True:
-        try:
-            if not receiver.poll(SILENCE_S):
-                return result, f"said nothing for {minutes(SILENCE_S)} and was ended"
-            kind, message = receiver.recv()
-        except (EOFError, OSError):  # ended, or killed in the middle of a message
-            return result, None
-        if kind == "tell":
-            tell(f"{result.name}: {message[0]}", live=message[1])
-        else:
-            result = message
-            save(result)
-
-
-def death(code: int) -> str:
-    """A child's exit code in words."""
-    if code >= 0:
-        return f"its process ended with exit code {code}"
-    name = signal.Signals(-code).name
-    return f"its process was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-
-
-def minutes(seconds: float) -> str:
-    return f"{max(1, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-# ------------------------------------------------------------------------------------------------------ main
-
-
-def quiet_libraries(debug: bool) -> None:
-    """Only the report and its progress are printed: no warnings and progress bars of libraries."""
-    if debug:
-        return
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes started from here
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-@contextmanager
-def progress() -> Iterator[Tell]:
-    """Progress on standard error: lines that stay, and on a terminal a live line with the time it has taken."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, highlight=False, emoji=False)
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    # half of rich's own rate: drawing takes half a millisecond from the runs each time
-    options = {"transient": True, "refresh_per_second": 5, "disable": not console.is_terminal}
-    with Progress(*columns, console=console, **options) as shown:
-        task = shown.add_task("starting")
-
-        def tell(text: str, live: bool = False) -> None:
-            if live:
-                shown.update(task, description=text)
-            else:
-                console.print(text, markup=False, soft_wrap=True)
-
-        yield tell
-
-
-def show(parts: list[Any], file: Any) -> None:
-    """Print a report: coloured and wrapped in a terminal, uncut anywhere else."""
-    from rich.console import Console
-
-    console = Console(file=file, highlight=False, emoji=False)  # an answer's :key: is no emoji
-    console.width = console.width if console.is_terminal else 1000
-    with console.capture() as captured:
-        for part in parts:
-            console.print(part)
-    print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n", file=file)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 for a failure, 2 for impossible settings, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        # the report has Chinese and bars, whatever the locale
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    s, debug = parse(argv)
-    if problems := check(s):
-        print(*(f"qwquanto: {problem}" for problem in problems), sep="\n", file=sys.stderr)
-        return 2
-    if importlib.util.find_spec("rich") is None:
-        print(
-            "qwquanto: this Python lacks its packages: pip install -r requirements.txt, or .venv/bin/python",
-            file=sys.stderr,
-        )
-        return 1
-    quiet_libraries(debug)
-    results: dict[str, Result] = {}
-    unwritten = ""
-    with progress() as tell:
-
-        def save(result: Result) -> None:
-            nonlocal unwritten
-            results[result.name] = result
-            if s.results in (None, "-"):
-                return
-            try:
-                write_results(s.results, list(results.values()))
-                unwritten = ""
-            except OSError as error:
-                unwritten = f"cannot write {s.results}: {error.strerror or error}"
-
-        interrupted = False
-        try:
-            compare(s, tell, save, debug) if s.compare else measure(s, tell, save, None, debug)
-        except KeyboardInterrupt:
-            interrupted = True
-    out = sys.stderr if s.results == "-" else sys.stdout
-    ordered = list(results.values())
-    measured = [r for r in ordered if r.memory]
-    if measured:
-        show(comparison_report(ordered) if s.compare else single_report(ordered[0]), out)
-    else:
-        failures = dict.fromkeys(f"qwquanto: {r.failure}" for r in ordered if r.failure)
-        print(*failures, sep="\n", end="\n" if failures else "", file=sys.stderr)
-    if s.results == "-":
-        print(to_json(ordered))
-    if unwritten:
-        print(f"qwquanto: {unwritten}", file=sys.stderr)
-    if interrupted:
-        kept = "; the report holds what was finished" if measured else ""
-        print(f"qwquanto: interrupted{kept}", file=sys.stderr)
-        return 130
-    return int(bool(unwritten) or any(r.failure and not (r.unavailable and s.compare) for r in ordered))
+        result.failure, result.unavailable = describe_error(error, bench)
+    save(result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job = JOBS.get()
+    warnings.filterwarnings("default" if job["debug"] else "ignore")
+    wanted = Settings(**job["settings"] | {"compare": tuple(job["settings"]["compare"])})
+    measure(Result(wanted), job["reference"], job["on_terminal"], job["debug"])

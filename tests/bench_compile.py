@@ -7,20 +7,24 @@
 The flags are the script's. Each precision in a process of its own, the same tokens eager and compiled in one process; the
 ratio of run i's decode rates is shown as median and extremes. "Worst block" is the least ratio over any 64 positions: at
 no position should compiled decode be slower. On a GPU, what a user would pick instead runs too where it is installed:
-torchao's int8 (weight only), compiled by transformers itself.
+torchao's int8 (weight only), as transformers compiles it by itself.
 """
 
+import importlib.util
 import multiprocessing
 import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import qwquanto as q
 
 BLOCK = 64
-PATIENCE = 1800  # s for torchao to load, compile and run
+PATIENCE_S = 1800  # for torchao to load, compile and run
 
 
 def block_rates(runs: list[q.Run]) -> list[float]:
@@ -32,53 +36,44 @@ def block_rates(runs: list[q.Run]) -> list[float]:
 
 def row(r: q.Result) -> str:
     """A line of the table."""
-    if r.failure:
-        return f"| {r.name} | {r.failure} | | | | |"
-    pairs = zip(r.eager_runs, r.runs, strict=True)
-    ratios = sorted(c.decode_tokens_per_s / e.decode_tokens_per_s for e, c in pairs)
-    blocks = zip(block_rates(r.eager_runs), block_rates(r.runs), strict=False)
+    if r.failure or not r.compiled:
+        return f"| {r.label} | {r.failure or 'interrupted'} | | | | | |"
+    eager, compiled = r.runs, r.compiled.runs
+    ratios = sorted(
+        c.decode_tokens_per_s / e.decode_tokens_per_s for e, c in zip(eager, compiled, strict=True)
+    )
+    blocks = zip(block_rates(eager), block_rates(compiled), strict=False)
     spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
-    rates = f"{q.digits(q.decode_rate(r.eager_runs))} | {q.digits(q.decode_rate(r.runs))}"
-    return f"| {r.name} | {rates} | {spread} | {min(c / e for e, c in blocks):.2f} | {q.percent(r.bandwidth_utilization)} |"
+    used, seconds = q.percent(r.compiled.bandwidth_utilization), q.format_3g(r.compiled.seconds)
+    rates = f"{q.rate_text(eager)} | {q.rate_text(compiled)}"
+    return f"| {r.label} | {rates} | {spread} | {min(c / e for e, c in blocks):.2f} | {used} | {seconds} |"
 
 
-def torchao(s: q.Settings, pipe: "multiprocessing.connection.Connection", device: str = "cuda:0") -> None:
-    """Decode rates and MBU of torchao's int8 weight-only model; transformers compiles it where its cache is static."""
-    import torch
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import StaticCache, TorchAoConfig, logging
+def torchao(s: q.Settings, pipe: Any, device: str = "cuda:0") -> None:
+    """Decode rates and MBU of torchao's int8 weight-only model, as transformers compiles it with a static cache."""
+    from torchao.quantization import Int8WeightOnlyConfig  # where it is installed
 
     # Inductor makes a sum of a matrix-vector product, and fuses it with reading int8, only where it may tune it
     # (torch 2.11: _inductor/decomposition.py:372). torchao would have every combination tried, which had not ended after
     # seven minutes for Qwen2.5-3B on an H100; this is gpt-fast's setting.
     torch._inductor.config.coordinate_descent_tuning = True
-
-    q.quiet_libraries(debug=False)
-    logging.disable_progress_bar()
-    folder = q.fetch(s)
-    empty = q.skeleton(s, folder)
-    bandwidth = q.memory_bandwidth(device)
-    quantized = TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
-    options = {"quantization_config": quantized, "device_map": {"": device}}
-    state = q.random_state(empty) if s.random_weights else None
-    source = None if s.random_weights else folder
-    model = type(empty).from_pretrained(
-        source, config=empty.config, state_dict=state, dtype=empty.dtype, **options
-    )
-    tokenizer, prompt = q.prompt_ids(s, folder, model)
-    length = prompt.shape[1] + s.compare_tokens
-    cache = StaticCache(config=model.config, max_cache_len=length)
-    compiled = {"past_key_values": cache}
-    room = q.room_after(s, model, prompt.shape[1])
-    rig = q.Rig(
-        model.eval(), tokenizer, prompt, s.compare_tokens, room, True, [device], {}, compile_options=compiled
-    )
-    silent = lambda *_, **__: None
-    q.run_once(s, rig, 0, silent, "")
-    q.warmup_runs(s, rig, silent, "")
-    rates = [q.run_once(s, rig, i, silent, "").decode_tokens_per_s for i in range(s.runs)]
-    weights, cached = q.bytes_per_token(model, q.weigh(model)["weight_bytes"])
-    read = weights + cached * length  # all of a static cache
+    folder = q.download_model(s.model_name, s.random_weights, True)
+    meta_model, bandwidth = q.make_meta_model(s, folder), q.memory_bandwidth(device)
+    state = q.random_state(meta_model) if s.random_weights else None
+    quantization = q.transformers.TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    model = type(meta_model).from_pretrained(
+        None if s.random_weights else folder, config=meta_model.config, state_dict=state, dtype=meta_model.dtype,
+        quantization_config=quantization, device_map={"": device},
+    )  # fmt: skip
+    tokenizer = None if s.random_weights else q.load_tokenizer(s.model_name, folder, s.trust_remote_code)
+    prompt = q.tokenize(s, tokenizer, model)
+    bench = q.Bench(s, [device], model=model.eval(), tokenizer=tokenizer, prompt=prompt, ignore_eos=True)
+    bench.new_tokens = s.compare_tokens
+    bench.compiled = q.CompiledDecode("transformers", 0, {"cache_implementation": "static"})
+    q.run_once(bench, 0, "compiling")
+    q.warmup_runs(bench, "warm-up")
+    rates = [q.run_once(bench, i, "run").decode_tokens_per_s for i in range(s.runs)]
+    read = q.decode_weight_bytes(model) + q.cache_read_bytes(bench.cache, 1, 1)  # all of a static cache
     share = read * statistics.median(rates) / bandwidth
     pipe.send((statistics.median(rates), min(rates), max(rates), share, q.graphs_compiled()))
 
@@ -91,35 +86,32 @@ def torchao_row(s: q.Settings) -> str:
     child.start()
     sender.close()
     try:
-        if not receiver.poll(PATIENCE):
-            return f"| torchao int8 | said nothing for {PATIENCE} s | | | | |"
-        middle, low, high, share, graphs = receiver.recv()
-        rate = f"{q.digits(middle)} ({q.digits(low)}–{q.digits(high)})"
-        return f"| torchao int8, {q.counted(graphs, 'graph')} | – | {rate} | | | {q.percent(share)} |"
+        if not receiver.poll(PATIENCE_S):
+            return f"| torchao int8 | said nothing for {PATIENCE_S} s | | | | | |"
+        median, low, high, share, graphs = receiver.recv()
+        rate = f"{q.format_3g(median)} ({q.format_3g(low)}–{q.format_3g(high)})"
+        return f"| torchao int8 by transformers, {q.plural(graphs, 'graph')} | – | {rate} | | | {q.percent(share)} | |"
     except EOFError:
-        return "| torchao int8 | failed: run it alone to see why | | | | |"
+        return "| torchao int8 by transformers | failed: run it alone to see why | | | | | |"
     finally:
         child.kill()
 
 
 def main(argv: list[str]) -> None:
-    import importlib.util
-
-    import torch
-
     given, _ = q.parse(argv)
     s = replace(given, compile=True, compare=given.compare or q.PRECISIONS, quality_tokens=0)
     if not argv:
         s = replace(s, random_weights=True)
     if problems := q.check(s):
         sys.exit("\n".join(problems))
-    tell, results = lambda text, live=False: None if live else print(text, file=sys.stderr, flush=True), {}
-    q.compare(s, tell, lambda r: results.update({r.name: r}))
-    print(f"\n{s.model_name}, {q.counted(s.runs, 'run')} of {s.compare_tokens} new tokens\n")
-    print("| weights | eager tok/s | compiled tok/s | ratio (min–max) | worst block | MBU % |")
-    print("|---|---|---|---|---|---|", *(row(r) for r in results.values()), sep="\n", flush=True)
-    if torch.cuda.is_available() and importlib.util.find_spec("torchao"):
-        tell("torchao int8: loading and compiling: this takes some minutes")
+    results: dict[str, q.Result] = {}
+    view, stop = q.View(), q.Interruption()
+    with view.progress:
+        q.measure_all(s, lambda r: results.update({r.name: r}), view, stop, debug=False)
+    print(f"\n{s.model_name}, {q.plural(s.runs, 'run')} of {s.compare_tokens} new tokens\n")
+    print("| weights | eager tok/s | compiled tok/s | ratio (min–max) | worst block | MBU % | compile s |")
+    print("|---|---|---|---|---|---|---|", *(row(r) for r in results.values()), sep="\n", flush=True)
+    if not stop.seen and torch.cuda.is_available() and importlib.util.find_spec("torchao"):
         print(torchao_row(s), flush=True)
 
 

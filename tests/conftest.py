@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,15 @@ ANSWER = "The determinant of a two by two matrix is the product of its diagonal 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "zoo: the long list of architectures, run by -m zoo alone")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Without a GPU, tests marked `gpu` are skipped; with REQUIRE_GPU=1 that is an error instead."""
+    if "zoo" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("zoo")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -102,6 +108,19 @@ def tiny(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tiny"))
 
 
+def alternate(measured, plain, pairs):
+    """Seconds of two jobs, each given its pair's number as seed, in alternating pairs after one that does not count."""
+    measured(0), plain(0)
+    times = {measured: [], plain: []}
+    for i in range(pairs):
+        for job in (measured, plain) if i % 2 else (plain, measured):
+            times[job].append(job(i))
+    return times[measured], times[plain]
+
+
+# ------------------------------------------------------------------------------------- the script as a process
+
+
 @dataclass
 class Ended:
     """How a process of the script ended."""
@@ -111,34 +130,87 @@ class Ended:
     err: str
     results: list | None = None
 
+    def __post_init__(self):
+        assert "Traceback" not in self.out + self.err, self.out + self.err
+
 
 def arguments(flags):
     """["--flag", "value", …] of a dict; None and tuples as the script takes them."""
-    told = []
+    argv = []
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            told.append(flag if value else flag.replace("--", "--no-", 1))
+            argv.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, tuple):
-            told += [flag, *value]
+            argv += [flag, *value]
         else:
-            told += [flag, str(value)]
-    return told
+            argv += [flag, str(value)]
+    return argv
+
+
+# an edit for tests that need no measured bandwidth: that takes seconds of a busy machine
+BANDWIDTH = ("size: int = 2**30", "size: int = 2**24")
+
+
+def edited(folder, *replacements):
+    """The path of a copy of the script with other text in it, for faults that must happen inside a worker."""
+    text = SCRIPT.read_text(encoding="utf-8")
+    for old, new in replacements:
+        assert text.count(old) == 1, f"{text.count(old)} times in the script: {old}"
+        text = text.replace(old, new)
+    copy = folder / "qwquanto.py"
+    copy.write_text(text, encoding="utf-8")
+    return copy
+
+
+def wait_for(condition, process, seconds=120):
+    """What the condition gives, once that is true; the process must live until then."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None and time.monotonic() < end, "the condition never came true"
+        time.sleep(0.05)
+    return found
+
+
+class Script:
+    """Runs the real script, or an edited copy of it, as a process of its own."""
+
+    def __init__(self, folder):
+        self.file = folder / "results.json"
+        self.temporary = folder / "temporary"  # of the script and of the libraries
+        self.temporary.mkdir()
+
+    @property
+    def results(self):
+        """The results file's content so far."""
+        return json.loads(self.file.read_text(encoding="utf-8"))["results"] if self.file.exists() else []
+
+    def start(self, path=SCRIPT, env=None, streams=None, **flags):
+        """A started process; with `streams` other ones than pipes for output and errors."""
+        self.file.unlink(missing_ok=True)
+        flags = {
+            "results": self.file,
+            "device": "cpu",
+            "runs": 2,
+            "warmup_runs": 0,
+            "max_seconds": 30,
+        } | flags
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        env = os.environ | {"TMPDIR": str(self.temporary)} | (env or {})
+        command = [sys.executable, str(path), *arguments(flags)]
+        return subprocess.Popen(command, env=env, **pipes | (streams or {}))
+
+    def end(self, process):
+        """Wait for a process's end."""
+        out, err = process.communicate(timeout=300)
+        shown = [(stream or b"").decode("utf-8") for stream in (out, err)]
+        return Ended(process.returncode, *shown, self.results)
+
+    def __call__(self, **options):
+        return self.end(self.start(**options))
 
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs the real script as a process: script(flag=value, …) -> Ended."""
-
-    def run(env=None, path=SCRIPT, **flags):
-        results = tmp_path / "results.json"
-        results.unlink(missing_ok=True)
-        flags = {"results": results, "runs": 2, "warmup_runs": 0, "device": "cpu", "max_seconds": 30} | flags
-        done = subprocess.run(
-            [sys.executable, str(path), *arguments(flags)], capture_output=True, check=False, timeout=400,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}), stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        told = json.loads(results.read_text(encoding="utf-8"))["results"] if results.exists() else None
-        return Ended(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"), told)
-
-    return run
+    """Runs the real script: script(flag=value, …) -> Ended; see `Script`."""
+    return Script(tmp_path)

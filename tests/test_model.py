@@ -1,22 +1,23 @@
 """Bytes, loading and Quanto's oddities, on small models."""
 
+import inspect
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import QUESTION, make_model
+from optimum.quanto.library.extensions import extension
+from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearFunction
+from results import settings
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, QuantoConfig
 
 import qwquanto as q
 
 
-def settings(**more):
-    return replace(q.Settings(), device="cpu", **more)
-
-
 def load(folder, weights):
     s = settings(model_name=str(folder), weights=None if weights == "none" else weights)
-    return q.load(s, str(folder), q.skeleton(s, str(folder)), ["cpu"])
+    return q.load_model(s, str(folder), q.make_meta_model(s, str(folder)), ["cpu"])
 
 
 def by_hand(config, bits, tied):
@@ -47,13 +48,13 @@ def test_stored_bytes_of_every_precision(tmp_path, tied):
     config = AutoConfig.from_pretrained(folder)
     for weights, bits in q.BITS.items():
         model = load(folder, weights)
-        told = q.weigh(model)
+        stats = q.weight_stats(model)
         buffers = sum(b.nbytes for n, b in model.named_buffers() if "inv_freq" in n)
-        assert told["weight_bytes"] - buffers == by_hand(config, bits, tied), weights
-        assert told["unquantized_bytes"] - buffers == by_hand(config, 16, tied)
-        assert (told["quantized_layers"], told["linear_layers"]) == (0 if weights == "none" else 14, 15)
-        empty = q.skeleton(settings(model_name=folder), folder)
-        assert q.expected_bytes(empty, weights) == pytest.approx(told["weight_bytes"], rel=0.01)
+        assert stats["weight_bytes"] - buffers == by_hand(config, bits, tied), weights
+        assert stats["unquantized_bytes"] - buffers == by_hand(config, 16, tied)
+        assert (stats["quantized_layers"], stats["linear_layers"]) == (0 if weights == "none" else 14, 15)
+        meta_model = q.make_meta_model(settings(model_name=folder), folder)
+        assert q.expected_bytes(meta_model, weights) == pytest.approx(stats["weight_bytes"], rel=0.01)
 
 
 def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):
@@ -61,19 +62,30 @@ def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):
     for tied in (True, False):
         (tmp_path / str(tied)).mkdir()
         model = load(make_model(tmp_path / str(tied), steps=0, tie=tied), "int8")
-        read[tied] = q.bytes_per_token(model, q.weigh(model)["weight_bytes"])
+        read[tied] = q.decode_weight_bytes(model)
     assert read[True] == read[False]
-    assert read[True][1] == 2 * 2 * 2 * 32 * 2  # keys and values, layers, heads, width, bytes
+
+
+def test_bytes_read_of_the_cache_that_generate_filled(tmp_path):
+    """Keys and values in bf16 of 2 layers, 2 heads of width 32; the mean position of what a step reads."""
+    model = load(make_model(tmp_path, steps=0), "int8")
+    output = model.generate(
+        torch.tensor([[40, 41, 42]]), max_new_tokens=8, eos_token_id=None, pad_token_id=0, do_sample=False,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    a_token = 2 * 2 * 2 * 2 * 32  # bytes, keys and values, layers, heads, width
+    filled = 3 + 8 - 1  # the last token is never fed
+    assert q.cache_read_bytes(output.past_key_values, filled, filled) == filled * a_token
+    assert q.cache_read_bytes(output.past_key_values, filled, 7) == 7 * a_token
+    assert q.cache_read_bytes(None, filled, 7) is None
 
 
 def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
-    from optimum.quanto.library.extensions import extension
-
     def build(*_, **__):
         raise AssertionError("a compiler was started")
 
     monkeypatch.setattr(extension, "load", build)
-    q.use_plain_kernels()
+    q.mend_quanto()
     packed = torch.randint(0, 256, (16, 8), dtype=torch.uint8)
     for bits in (2, 4):
         parts = [(packed // 2**shift) % 2**bits for shift in range(0, 8, bits)]
@@ -81,18 +93,13 @@ def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
 
 
 def test_upstream_float8_marlin_still_drops_the_bias():
-    """Once this fails, `use_plain_kernels` may leave "quanto_cuda" alone: Marlin adds the bias (see its docstring)."""
-    import inspect
-
-    from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearFunction
-
+    """Once this fails, `mend_quanto` may leave "quanto_cuda" alone: Marlin adds the bias (see its docstring)."""
     source = inspect.getsource(MarlinF8QBytesLinearFunction.forward)
     assert source.count("bias") == 1, "the bias is used now"
 
 
 def test_upstream_int2_still_builds_an_extension(monkeypatch):
-    """Once this fails, `use_plain_kernels` may leave `unpack` alone."""
-    from optimum.quanto.library.extensions import extension
+    """Once this fails, `mend_quanto` may leave `unpack` alone."""
 
     class Started(Exception):
         pass
@@ -111,8 +118,8 @@ def test_random_weights_have_the_modules_and_bytes_of_a_real_load(tmp_path):
     folder = make_model(tmp_path, steps=0)
     for weights in q.BITS:
         s = settings(model_name=folder, random_weights=True, weights=None if weights == "none" else weights)
-        random, real = q.load(s, folder, q.skeleton(s, folder), ["cpu"]), load(folder, weights)
-        assert q.weigh(random) == q.weigh(real)
+        random, real = q.load_model(s, folder, q.make_meta_model(s, folder), ["cpu"]), load(folder, weights)
+        assert q.weight_stats(random) == q.weight_stats(real)
         assert [(n, type(m)) for n, m in random.named_modules()] == [
             (n, type(m)) for n, m in real.named_modules()
         ]
@@ -122,36 +129,35 @@ def test_random_weights_have_the_modules_and_bytes_of_a_real_load(tmp_path):
 
 
 def test_the_default_model_needs_no_file_and_has_its_published_size():
-    s = settings(random_weights=True)
-    assert q.fetch(s) is None
-    empty = q.skeleton(s, None)
-    assert sum(p.numel() for p in empty.parameters()) == 3_085_938_688
-    assert q.expected_bytes(empty, "none") / 1e9 == pytest.approx(6.172, abs=0.001)
-    assert q.expected_bytes(empty, "int8") / 1e9 == pytest.approx(3.399, abs=0.001)
-    assert len(q.linear_names(empty)) == 252
+    assert q.download_model("Qwen/Qwen2.5-3B", True, False) is None
+    meta_model = q.make_meta_model(settings(random_weights=True), None)
+    assert sum(p.numel() for p in meta_model.parameters()) == 3_085_938_688
+    assert q.expected_bytes(meta_model, "none") / 1e9 == pytest.approx(6.172, abs=0.001)
+    assert q.expected_bytes(meta_model, "int8") / 1e9 == pytest.approx(3.399, abs=0.001)
+    assert len(q.linear_names(meta_model)) == 252
 
 
 def test_gpt2_has_nothing_to_quantize_and_the_report_says_so(tmp_path):
     size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 50}
     GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
-    told = q.weigh(load(tmp_path, "int8"))
-    assert told["quantized_layers"] == 0 and told["weight_bytes"] == told["unquantized_bytes"]
-    assert "NOTHING WAS QUANTIZED" in " ".join(q.warnings_for(q.Result(settings(), **told)))
+    stats = q.weight_stats(load(tmp_path, "int8"))
+    assert stats["quantized_layers"] == 0 and stats["weight_bytes"] == stats["unquantized_bytes"]
+    assert "NOTHING WAS QUANTIZED" in " ".join(q.warnings_for(q.Result(settings(), **stats)))
 
 
 def test_sharded_and_damaged_checkpoints(tmp_path):
     folder = make_model(tmp_path, steps=0, max_shard_size="300KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
-    q.check_checkpoint(folder)
-    assert q.weigh(load(folder, "int8"))["quantized_layers"] == 14
+    q.check_weight_files(folder)
+    assert q.weight_stats(load(folder, "int8"))["quantized_layers"] == 14
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[:-100])
     with pytest.raises(q.Failure, match=shards[1].name):
-        q.check_checkpoint(folder)
+        q.check_weight_files(folder)
     shards[1].unlink()
     with pytest.raises(q.Failure, match=shards[1].name):
-        q.check_checkpoint(folder)
+        q.check_weight_files(folder)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
@@ -169,75 +175,77 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
 def test_quality_against_an_independent_float64_computation(tiny, tmp_path):
     """KL and same top token of a forced decode, against one full forward pass in float64."""
     s = settings(model_name=tiny, quality_tokens=12, compare=("none", "int4"), dtype="float32")
-    models, prompt = {}, torch.tensor([[40, 41, 42, 43, 44]])
+    models, results, prompt = {}, {}, torch.tensor([[40, 41, 42, 43, 44]])
     for weights in (None, "int4"):
         mine = replace(s, weights=weights)
-        models[weights] = q.load(mine, tiny, q.skeleton(mine, tiny), ["cpu"])
-        rig = q.Rig(models[weights], None, prompt, 4, 100, True, ["cpu"], {})
-        quality = q.judge(mine, rig, tmp_path, lambda *_, **__: None)
+        models[weights] = q.load_model(mine, tiny, q.make_meta_model(mine, tiny), ["cpu"])
+        bench, results[weights] = (
+            q.Bench(mine, model=models[weights], prompt=prompt, positions_left=100),
+            q.Result(mine),
+        )
+        q.measure_quality(bench, results[weights], tmp_path)
     answer = models[None].generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         at = slice(prompt.shape[1] - 1, answer.shape[1] - 1)
         logits = {w: m(answer).logits[0, at].double() for w, m in models.items()}
     p, r = (torch.log_softmax(logits[w], -1) for w in (None, "int4"))
+    kl, quality = (p.exp() * (p - r)).sum(-1), results["int4"].quality
+    assert results[None].is_reference and results[None].quality is None
     assert quality.positions == answer.shape[1] - prompt.shape[1]
-    assert quality.kl_divergence == pytest.approx((p.exp() * (p - r)).sum(-1).mean().item(), rel=1e-3)
+    assert quality.kl_divergence == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert quality.kl_standard_error == pytest.approx(kl.std().item() / len(kl) ** 0.5, rel=1e-3)
     assert quality.kl_divergence > 1e-4
     assert quality.same_top_token == pytest.approx((p.argmax(-1) == r.argmax(-1)).double().mean().item())
 
 
-def test_hub_errors_are_told_in_one_line_with_the_ways_on(monkeypatch):
-    import huggingface_hub
-    from huggingface_hub import errors
+def test_a_seed_gives_its_answer_again(tiny):
+    s = settings(model_name=tiny, question=QUESTION, temperature=5.0)
+    model = load(tiny, "int8")
+    tokenizer = q.load_tokenizer(tiny, tiny, False)
+    prompt = q.tokenize(s, tokenizer, model)
+    bench = q.Bench(s, model=model, tokenizer=tokenizer, prompt=prompt, new_tokens=20)
+    answers = [q.run_once(bench, seed, "run").text for seed in (3, 4, 3)]
+    assert answers[0] == answers[2] != answers[1]
 
-    def fails(error):
-        def download(*_, **__):
-            raise error
 
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        with pytest.raises(q.Failure) as told:
-            q.fetch(settings(model_name="a/b"))
-        assert "\n" not in str(told.value)
-        return str(told.value)
-
-    def http(kind):
-        error = kind.__new__(kind)
-        Exception.__init__(error, "401 Client Error")
-        return error
-
-    offline = fails(errors.LocalEntryNotFoundError("no connection\nmore"))
-    assert all(way in offline for way in ("HF_ENDPOINT", "--model-name", "--random-weights"))
-    assert "gated" in fails(http(errors.GatedRepoError))
-    assert "no model a/b" in fails(http(errors.RepositoryNotFoundError))
-    assert "HF_ENDPOINT" in fails(Exception("Request URL is missing an 'http://' protocol"))  # httpx's own
+def test_a_question_without_room_is_refused(tiny):
+    model = load(tiny, "int8")
+    assert q.positions_after(settings(max_length=20), model, 19) == 4096 - 19
+    with pytest.raises(q.Failure, match="MAX_LENGTH 20 or the model leaves no room"):
+        q.positions_after(settings(max_length=20), model, 20)
 
 
 def test_a_configuration_without_dtype_takes_the_checkpoints(tmp_path):
-    import json
-
     folder = make_model(tmp_path, steps=0)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert q.skeleton(settings(model_name=folder), folder).dtype == torch.bfloat16
+    assert q.make_meta_model(settings(model_name=folder), folder).dtype == torch.bfloat16
 
 
-def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
+def raised(error, step="running the model", **bench):
+    """What the user is told of an error that was raised in a step, and whether it is a lack of the machine."""
+    with pytest.raises(type(error)) as found, q.step(step):
+        raise error
+    return q.describe_error(found.value, q.Bench(settings(), **bench))
+
+
+def test_out_of_memory_says_what_would_fit(tmp_path):
     folder = make_model(tmp_path, steps=0)
-    s = settings(model_name=folder)
-    empty = q.skeleton(s, folder)
-    stage = q.Stage("loading", empty, ["cpu"], free=q.expected_bytes(empty, "int4") * 1.2)
-    stage.needed = q.expected_bytes(empty, "float8")  # what has just failed is no advice
+    meta_model = q.make_meta_model(settings(model_name=folder), folder)
+    sizes = {weights: q.expected_bytes(meta_model, weights) for weights in q.BITS}
+    # what has just failed is no advice
+    bench = {"meta_model": meta_model, "free_bytes": sizes["int4"] * 1.2, "needed_bytes": sizes["float8"]}
     cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), cublas):
-        text, unavailable = q.explain(error, stage)
+        text, unavailable = raised(error, **bench)
         assert "would fit: int4" in text and "int8" not in text and not unavailable
-    stage.free, stage.needed = 1e12, q.expected_bytes(empty, "int2")
-    assert "the weights alone" in q.explain(error, stage)[0] and "fewer tokens" in q.explain(error, stage)[0]
+    text, _ = raised(cublas, **bench | {"free_bytes": 1e12, "needed_bytes": sizes["int2"]})
+    assert "the weights alone" in text and "fewer tokens" in text
 
 
 def test_out_of_memory_before_the_model_is_known_is_a_line_too():
-    text, unavailable = q.explain(MemoryError(), q.Stage("looking for a device"))
+    text, unavailable = raised(MemoryError(), "looking for a device")
     assert text.startswith("out of memory while looking for a device") and not unavailable
 
 
@@ -245,18 +253,17 @@ def test_a_model_with_code_of_its_own_names_the_flag():
     error = ValueError(
         "The repository contains custom code.\nPlease pass the argument `trust_remote_code=True`"
     )
-    assert "--trust-remote-code" in q.explain(error, q.Stage("reading the model's configuration"))[0]
+    assert "--trust-remote-code" in raised(error)[0]
 
 
 def test_what_this_machine_lacks_is_unavailable_not_failed():
-    stage = q.Stage("compiling")
-    text, unavailable = q.explain(RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), stage)
+    text, unavailable = raised(RuntimeError("InvalidCxxCompiler: No working C++ compiler found"))
     assert unavailable and "C++ compiler" in text
-    text, unavailable = q.explain(ValueError("odd: see torch.compiler\nsecond line"), stage)
+    text, unavailable = raised(ValueError("odd: see torch.compiler\nsecond line"), "compiling")
     assert (
         not unavailable and text == "ValueError while compiling: odd: see torch.compiler (--debug shows more)"
     )
-    text, unavailable = q.explain(ImportError("No module named 'accelerate'"), stage)
+    text, unavailable = raised(ImportError("No module named 'accelerate'"))
     assert not unavailable and text.endswith("pip install -r requirements.txt")
 
 

@@ -1,69 +1,125 @@
-"""Constants, their flags, and what is refused: without importing torch or transformers."""
+"""Constants, their flags, what is refused, saved results, and that part 1 stands without part 2 and without torch."""
 
+import ast
+import builtins
+import dataclasses
+import json
 import re
 import subprocess
+import symtable
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
-from conftest import SCRIPT
+from conftest import ROOT, SCRIPT
+from results import BENCHMARKS, piped, settings
 
 import qwquanto as q
 
-LIGHT = "import sys, runpy; sys.argv = {argv!r}\ntry: runpy.run_path({path!r}, run_name='__main__')\nexcept SystemExit as end:\n    code = end.code\nprint('torch' in sys.modules, 'transformers' in sys.modules, code)"
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+PART_1 = SOURCE.split("# PART 2:")[0]
+CONSTANTS = re.findall(r"^([A-Z_]+): [^=]+ = (.*?)  # (.+)$", PART_1, re.MULTILINE)
+
+
+def start(*argv, path=SCRIPT):
+    return subprocess.run(
+        [sys.executable, str(path), *map(str, argv)], capture_output=True, encoding="utf-8", check=False
+    )
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Starts a copy of the script whose constants were edited: edited({old line's beginning: new line}, *argv)."""
+
+    def start_copy(edits, *argv):
+        text = SOURCE
+        for name, line in edits.items():
+            text, count = re.subn(rf"^{name}: .*$", lambda _, line=line: line, text, flags=re.MULTILINE)
+            assert count == 1
+        copy = tmp_path / "qwquanto.py"
+        copy.write_text(text, encoding="utf-8")
+        return start(*argv, path=copy)
+
+    return start_copy
 
 
 def test_every_constant_is_a_setting_a_flag_and_documented():
-    constants = re.findall(
-        r"^([A-Z_]+): [^=]+ = (.*?)  # (.+)$", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert [name.lower() for name, _, _ in constants] == [f.name for f in fields(q.Settings)]
-    told = subprocess.run(
-        [sys.executable, SCRIPT, "--help"], capture_output=True, encoding="utf-8", check=True
-    ).stdout
-    for name, _, comment in constants:
+    assert [name.lower() for name, _, _ in CONSTANTS] == [f.name for f in dataclasses.fields(q.Settings)]
+    assert {name for name, _, _ in CONSTANTS} == set(q.RULES)
+    told = start("--help").stdout
+    for name, _, comment in CONSTANTS:
         assert f"--{name.lower().replace('_', '-')}" in told
         assert "".join(comment.split()) in "".join(told.split())
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--runs", "0"], ["--nonsense"]])
-def test_help_and_wrong_values_import_nothing_heavy(argv):
-    code = LIGHT.format(argv=["qwquanto.py", *argv], path=str(SCRIPT))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
-    assert done.stdout.splitlines()[-1] == f"False False {0 if argv == ['--help'] else 2}"
-    assert "Traceback" not in done.stderr
-
-
 def test_flags_override_constants():
-    s, debug = q.parse(
-        ["--weights", "none", "--runs", "3", "--max-seconds", "1.5", "--chat", "--no-do-sample", "--debug"]
+    flags = "--weights none --runs 3 --max-seconds 1.5 --chat --no-do-sample --results - --debug"
+    s, args = q.parse(flags.split())
+    assert (s.weights, s.runs, s.max_seconds, s.chat, s.do_sample, s.results) == (
+        None,
+        3,
+        1.5,
+        True,
+        False,
+        "-",
     )
-    assert (s.weights, s.runs, s.max_seconds, s.chat, s.do_sample, debug) == (None, 3, 1.5, True, False, True)
-    assert q.parse([])[0] == q.Settings()
+    assert args.debug and not args.show
+    assert q.parse([])[0] == q.Settings(*(eval(value) for _, value, _ in CONSTANTS))
     assert q.parse(["--compare"])[0].compare == q.PRECISIONS
     assert q.parse(["--compare", "int8", "none"])[0].compare == ("int8", "none")
 
 
 def test_every_problem_is_told_at_once(tmp_path):
     wrong = {"weights": "int7", "compare": ("int8", "int3"), "device": "gpu", "dtype": "half", "runs": 0}
-    wrong |= {
-        "warmup_runs": -1,
-        "max_length": 1,
-        "max_seconds": 0,
-        "compare_tokens": 1,
-        "quality_tokens": -1,
-        "seed": -1,
-    }
-    wrong |= {
-        "temperature": 0,
-        "model_name": "./nothing",
-        "question": " ",
-        "chat": 1,
-        "results": str(tmp_path / "no" / "x"),
-    }
-    told = q.check(replace(q.Settings(), **wrong))
+    wrong |= {"warmup_runs": -1, "max_length": 1, "max_seconds": 0, "compare_tokens": 1, "quality_tokens": -1}
+    wrong |= {"temperature": 0, "model_name": "./nothing", "question": " ", "chat": 1, "seed": -1}
+    wrong |= {"results": str(tmp_path / "no" / "x"), "report": str(tmp_path / "report.pdf")}
+    told = q.check(replace(settings(), **wrong))
     assert sorted(text.split()[0] for text in told) == sorted(name.upper() for name in wrong)
-    assert q.check(q.Settings()) == []
+    assert q.check(settings()) == []
+
+
+def test_a_results_file_must_be_a_file(tmp_path):
+    assert q.is_writable(str(tmp_path / "x.json")) and list(tmp_path.iterdir()) == []
+    assert not q.is_writable(str(tmp_path)) and not q.is_writable("/dev/null")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("RUNS = -5", "RUNS = 2.5", "RUNS = True", "MAX_SECONDS = None", "# SEED is gone", "WEIGHTS = 8"),
+        *("COMPARE = 'int8'", "COMPARE = None", "COMPARE = ['none', None]", "DTYPE = ['auto']", "DEVICE = 0"),
+        *("QUESTION = b'why?'", "QUESTION = ['why?']", "MODEL_NAME = 3", "COMPILE = 'yes'", "REPORT = True"),
+    ],
+)
+def test_a_constant_of_another_type_is_named_with_what_is_allowed(edited, line):
+    name = re.search(r"[A-Z_]+", line).group()
+    done = edited({name: line})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"qwquanto: {name} must be .*, not .*\n", done.stderr)
+
+
+def test_a_constant_without_its_annotation_is_served(edited):
+    lines = {
+        "RUNS": 'RUNS = "7"  # as text',
+        "COMPARE": 'COMPARE = ["none", "int8"]',
+        "WEIGHTS": 'WEIGHTS = "none"',
+    }
+    lines |= {
+        "MAX_SECONDS": "MAX_SECONDS = 30",
+        "SEED": "SEED = -1  # named below, so that nothing is measured",
+    }
+    told = edited(lines, "--help").stdout
+    assert "(now: 7)" in told and "as text" in told and "(now: ['none', 'int8'])" in told
+    assert edited(lines).stderr == "qwquanto: SEED must be a whole number from 0 on, not -1\n"
+
+
+@pytest.mark.parametrize("constant", [["none", "int8"], {"none", "int8"}, [None, "int8"]])
+def test_a_comparison_may_be_any_collection(monkeypatch, constant):
+    monkeypatch.setattr(q, "COMPARE", constant)
+    s = q.parse([])[0]
+    assert q.check(s) == [] and {p or "none" for p in s.compare} == {"none", "int8"}
+    json.dumps(dataclasses.asdict(s))  # as the worker is sent it
 
 
 def test_an_empty_comparison_constant_compares_nothing(monkeypatch):
@@ -72,21 +128,117 @@ def test_an_empty_comparison_constant_compares_nothing(monkeypatch):
     assert q.parse(["--compare"])[0].compare == q.PRECISIONS
 
 
-def test_a_results_file_must_be_a_file():
-    assert not q.writable("/dev/null")
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--max-lenght=100", "unexpected argument --max-lenght: did you mean --max-length?"),
+        ("--run", "unexpected argument --run: did you mean --runs?"),
+        ("--shwo", "unexpected argument --shwo: did you mean --show?"),
+        ("--xyzzy", "unexpected argument --xyzzy"),
+    ],
+)
+def test_a_misspelt_flag_is_answered_with_the_nearest(capsys, flag, answer):
+    with pytest.raises(SystemExit, match="2"):
+        q.parse([flag, "100"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {answer}")
+
+
+# ------------------------------------------------------------------------------------------------ saved results
+
+
+@pytest.mark.parametrize("kind", BENCHMARKS)
+def test_saved_results_are_the_results(kind):
+    benchmark = BENCHMARKS[kind]
+    again = q.from_json(q.to_json(benchmark))
+    assert again == benchmark
+    assert piped(again) == piped(benchmark)
+
+
+def test_saved_results_are_written_whole_and_readable(tmp_path):
+    file = tmp_path / "x.json"
+    q.write_results(str(file), BENCHMARKS["single"])
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    assert [plain["schema"], plain["version"], plain["interrupted"]] == [q.SCHEMA, q.__version__, False]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", plain["date"])
+    assert plain["results"][0]["settings"]["runs"] == 5 and len(plain["results"][0]["runs"]) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 @pytest.mark.parametrize(
-    "edit", [{"runs": "five"}, {"compare": "int8"}, {"temperature": None}, {"device": 0}]
+    "text", ["", "[]", "3", "{}", '{"schema": 1}', '{"schema": 1, "results": [{}]}', "\0"]
 )
-def test_a_constant_of_the_wrong_type_is_told_too(edit):
-    assert len(q.check(replace(q.Settings(), **edit))) == 1
+def test_a_file_of_something_else_is_no_results(text):
+    with pytest.raises(q.Failure, match="holds no results"):
+        q.from_json(text)
 
 
-def test_a_constant_edited_in_the_file_counts(tmp_path):
-    copy = tmp_path / "qwquanto.py"
-    text = SCRIPT.read_text(encoding="utf-8")
-    copy.write_text(text.replace("RUNS: int = 5 ", "RUNS: int = -5 "), encoding="utf-8")
-    done = subprocess.run([sys.executable, copy], capture_output=True, encoding="utf-8", check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "qwquanto: RUNS must be a whole number from 1 on, not -5\n"
+def test_a_later_schema_is_told():
+    later = json.loads(q.to_json(BENCHMARKS["single"])) | {"schema": 2, "new": 1}
+    with pytest.raises(q.Failure, match="schema 2, this script reads 1"):
+        q.from_json(json.dumps(later))
+
+
+@pytest.mark.parametrize("kind", BENCHMARKS)
+def test_show_prints_the_report_byte_for_byte(tmp_path, capsys, kind):
+    q.write_results(str(tmp_path / "x.json"), BENCHMARKS[kind])
+    q.print_report(settings(), BENCHMARKS[kind])
+    printed = capsys.readouterr().out
+    assert q.show([str(tmp_path / "x.json")]) == 0
+    assert capsys.readouterr().out == printed != ""
+
+
+def test_show_as_a_process(tmp_path):
+    first, second, none = (tmp_path / name for name in ("before.json", "after.json", "none.json"))
+    q.write_results(str(first), BENCHMARKS["comparison"])
+    q.write_results(str(second), BENCHMARKS["single"])
+    none.write_text(q.to_json(q.Benchmark([])), encoding="utf-8")
+    one, both = start("--show", first), start("--show", first, second)
+    assert (one.returncode, one.stdout, one.stderr) == (0, piped(BENCHMARKS["comparison"]), "")
+    assert both.returncode == 0 and "| before int8" in both.stdout and "| after int8" in both.stdout
+    wrong = {SCRIPT: "holds no results of this script", none: "holds no results"}
+    for file, reason in (wrong | {tmp_path / "gone.json": "No such file or directory"}).items():
+        done = start("--show", first, file)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"qwquanto: {file}: {reason}\n")
+
+
+# ------------------------------------------------------------------------------------------------------ part 1
+
+
+def test_part_1_uses_only_its_own_names():
+    def tables(table):
+        return [table, *(inner for child in table.get_children() for inner in tables(child))]
+
+    top, *inner = tables(symtable.symtable(PART_1, "part 1", "exec"))
+    own = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()} | set(dir(builtins))
+    used = {s.get_name() for s in top.get_symbols() if s.is_referenced()}
+    used |= {
+        s.get_name() for table in inner for s in table.get_symbols() if s.is_global() and s.is_referenced()
+    }
+    assert used - own - {"__file__", "__doc__", "__name__"} == set()
+    other = symtable.symtable(SOURCE.removeprefix(PART_1), "part 2", "exec").get_symbols()
+    again = {s.get_name() for s in other if s.is_namespace() or (s.is_assigned() and s.get_name().isupper())}
+    assert again & own == set()  # a second definition would hide the first from whoever imports the file
+
+
+def test_part_1_imports_the_standard_library_and_rich():
+    nodes = list(ast.walk(ast.parse(PART_1)))
+    found = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in found} - sys.stdlib_module_names == {"rich"}
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--runs", "0"], ["--nonsense"], ["--show", __file__]])
+def test_what_needs_no_model_imports_nothing_heavy(argv):
+    code = "import sys, runpy; sys.argv = {!r}\ntry: runpy.run_path(sys.argv[0], run_name='__main__')"
+    code += "\nexcept SystemExit as end: print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)), end.code)"
+    done = start(code.format([str(SCRIPT), *argv]), path="-c")
+    assert done.stdout.splitlines()[-1] == f"[] {0 if argv == ['--help'] else 2}"
+    assert "Traceback" not in done.stderr
+
+
+def test_inline_metadata_lists_the_requirements():
+    """PEP 723, for `uv run qwquanto.py`: the packages of requirements.txt, where a reader of the file finds them."""
+    lines = re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+)# ///$", SOURCE).group(1).splitlines()
+    listed = re.findall(r'"([^"]+==[^"]+)"', "\n".join(lines))
+    assert listed == (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert '# requires-python = ">=3.11"' in lines and ast.get_docstring(ast.parse(SOURCE))

@@ -1,53 +1,14 @@
-"""The pure parts on hand-made Results: settings, statistics, warnings, tables, promises, verdict."""
+"""The pure parts on hand-made Results: statistics, warnings, judgements, recommendation."""
 
-import io
+import json
+import math
+import statistics
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
+from results import GIB, comparison, compiled, compiled_comparison, quality, result, run, runs, settings
 
 import qwquanto as q
-
-GIB = 2**30
-
-
-def run(decode=10.0, gaps=(0.1, 0.1), tokens=3, **more):
-    told = {
-        "seed": 0,
-        "prompt_tokens": 7,
-        "generated_tokens": tokens,
-        "stop_reason": "length",
-        "latency_s": 1.2,
-    }
-    told |= {"ttft_s": 0.05, "decode_tokens_per_s": decode, "tokens_per_s": 2.5, "inter_token_s": list(gaps)}
-    return q.Run(**(told | more))
-
-
-def result(weights="int8", decode=10.0, kl=None, stored=GIB, **more):
-    quality = None if kl is None else q.Quality(100, kl, 0.9, *q.wilson(90, 100))
-    peak = {"rss": 3 * GIB}
-    told = {"devices": ["cpu"], "environment": {"cpu": "Some CPU", "ram": "8 GiB", "torch": "2.13.0"}}
-    told |= {
-        "weight_bytes": stored,
-        "unquantized_bytes": 2 * GIB,
-        "quantizable_bytes": GIB,
-        "quantized_layers": 4,
-    }
-    told |= {"linear_layers": 5, "weight_types": {"WeightQBytesTensor": 4}, "load_s": 1.5, "parameters": GIB}
-    told |= {"memory": {"before load": {"rss": GIB}, "peak of runs": peak}, "prefill_tokens_per_s": 500.0}
-    told |= {"memory_bytes_per_s": {"cpu": 2e10}, "bandwidth_utilization": 0.5, "prefill_tokens": 512}
-    s = replace(q.Settings(), weights=None if weights == "none" else weights)
-    told |= {"runs": [run(decode)] * 2 if decode else [], "quality": quality}
-    return q.Result(**({"settings": s} | told | more))
-
-
-def text(parts, width=80):
-    """What a terminal of this width shows."""
-    console = Console(width=width, highlight=False)
-    with console.capture() as captured:
-        for part in parts:
-            console.print(part)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def test_percentiles_interpolate_and_survive_few_values():
@@ -57,253 +18,364 @@ def test_percentiles_interpolate_and_survive_few_values():
     assert q.percentile([2.0, 2.0, 2.0], 99) == 2
 
 
+def test_median_and_deviation_of_what_is_known():
+    assert q.median([None, 3.0, 1.0]) == 2 and q.median([None]) is None
+    assert q.deviation([1.0, None, 3.0]) == pytest.approx(math.sqrt(2)) and q.deviation([1.0, None]) is None
+
+
 def test_wilson_interval_against_the_textbook():
     low, high = q.wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert q.wilson(0, 20)[0] == pytest.approx(0) and q.wilson(20, 20)[1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # any table of Student's t, 97.5 %
+    [
+        (1, 12.706),
+        (4, 2.7764),
+        (10, 2.2281),
+        (11, 2.2010),
+        (15, 2.1314),
+        (20, 2.0860),
+        (30, 2.0423),
+        (100, 1.9840),
+    ],
+)
+def test_students_t_against_a_table(freedom, quantile):
+    assert quantile * 0.9998 < q.student_t(freedom) < quantile * 1.001
+
+
+def test_welch_against_a_published_example():
+    """Wikipedia, "Welch's t-test", example 2: t = -1.57 with 9.90 degrees of freedom; here they are logarithms of rates."""
+    first = [17.2, 20.9, 22.6, 18.1, 21.7, 21.4, 23.5, 24.2, 14.7, 21.8]
+    second = [21.5, 22.8, 21.0, 23.0, 21.6, 23.6, 22.5, 20.7, 23.4, 21.8]
+    second += [20.7, 21.7, 21.5, 22.5, 23.6, 21.5, 22.5, 23.5, 21.5, 21.8]
+    groups = [[run(math.exp(value)) for value in group] for group in (first, second)]
+    low, high = map(math.log, q.ratio_interval(*groups))
+    center, half = (low + high) / 2, (high - low) / 2
+    assert center == pytest.approx(statistics.fmean(first) - statistics.fmean(second))
+    assert center / (half / 2.262) == pytest.approx(-1.57, abs=0.005)  # 2.262: Student's t of 9 whole degrees
+
+
+def test_paired_interval_by_hand():
+    """Logs of the ratios are 0.1, 0.2 and 0.3: mean 0.2, s.d. 0.1, t of 2 degrees 4.303."""
+    found = q.paired_interval([math.exp(0.1), math.exp(0.2), math.exp(0.3)], [1.0, 1.0, 1.0])
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert [math.log(x) for x in found] == pytest.approx([0.2, 0.2 - half, 0.2 + half])
+    assert q.paired_interval([1.0], [1.0]) is None
+
+
 def test_deviation_only_over_the_positions_that_all_runs_reached():
-    runs = [run(gaps=(0.1, 0.1)), run(gaps=(0.1, 0.1, 9.0, 9.0))]
-    assert q.common_rates(runs) == pytest.approx([10, 10])
-    assert q.relative_deviation(runs) == pytest.approx(0)
-    assert q.relative_deviation([run()]) is None and q.relative_deviation([]) is None
-    assert q.relative_deviation([run(gaps=()), run()]) is None
+    long = run(inter_token_s=[0.1] * 39 + [9.0] * 5)
+    assert q.rates_over_shared_prefix([run(10), long], [run(20)]) == [
+        pytest.approx([10, 10]),
+        pytest.approx([20]),
+    ]
+    assert q.coefficient_of_variation([run(10), long]) == pytest.approx(0)
 
 
-def test_instability_and_drift_say_so_themselves():
-    def told(*gaps):
-        return " ".join(q.warnings_for(result(runs=[run(gaps=(g, g)) for g in gaps])))
+def test_a_spread_needs_two_runs_of_32_tokens():
+    short = run(10, tokens=31)
+    for few in ([], [run(10)], [run(10), short], [short, short]):
+        assert q.coefficient_of_variation(few) is None and q.ratio_interval(few, runs(10, 11)) is None
+        assert any(
+            "how steady they are is unknown" in text for text in q.instability("", "", few, False)
+        ) == (len(few) > 1)
+    assert q.coefficient_of_variation([run(10, tokens=32), run(10, tokens=32), short]) == pytest.approx(0)
 
-    assert told(0.1, 0.1, 0.1) == ""
-    assert told(0.1, 0.1001, 0.1002, 0.1003, 0.1004, 0.1005) == ""  # in order, and far too little to matter
-    assert "differ by" in told(0.1, 0.2, 0.1) and "slower than the first" not in told(0.1, 0.2, 0.1)
-    assert "slower than the first" in told(0.1, 0.11, 0.12, 0.13, 0.14, 0.15)
-    eager = result(runs=[run()] * 2, eager_runs=[run(gaps=(g, g)) for g in (0.1, 0.2)])
-    assert ["the eager runs' rates differ by" in line for line in q.warnings_for(eager)] == [True]
+
+def test_bandwidths_that_differ_widen_the_interval():
+    base, r = result("none", (10, 10)), result("int8", (10, 10))
+    assert q.speed_interval(r, base) == pytest.approx((1, 1))
+    r.memory_bytes_per_s = {"cpu": 2.5e10}  # the faster memory may have made a slower one as fast
+    assert q.speed_interval(r, base) == pytest.approx((0.8, 1))
+    assert q.speed_interval(base, r) == pytest.approx((1, 1.25))
+    r.memory_bytes_per_s = {}
+    assert q.speed_interval(r, base) == pytest.approx((1, 1))
+
+
+def test_pace_and_energy():
+    long = run(
+        inter_token_s=[0.1] * 100 + [0.2] * 100, energy_j={"cuda:0": 30.0, "cuda:1": 10.0}, latency_s=0.6
+    )
+    assert q.pace([long, run()]) == pytest.approx((10, 5)) and q.pace([run()]) is None
+    assert q.joules_per_token([long]) is None  # under a second the counter hardly moves
+    assert q.joules_per_token([long, long]) == pytest.approx(1)
+    assert q.joules_per_token([long, run()]) is None and q.joules_per_token([]) is None
+
+
+def test_peak_is_of_tensors_or_of_the_process():
+    peak = {"cuda:0 allocated": 5, "cuda:0 used": 50, "cuda:1 allocated": 6, "rss": 1}
+    assert q.peak_bytes(result(memory={"peak of runs": peak})) == (11, "tensors")
+    assert q.peak_bytes(result(memory={"peak of runs": {"rss": 1}})) == (1, "RSS")
+    assert q.peak_bytes(result(memory={})) == (None, "RSS")
+
+
+def test_utilization_of_devices_that_work_one_after_the_other():
+    held, speeds = {"cuda:0": 30, "cuda:1": 10}, {"cuda:0": 1000.0, "cuda:1": 500.0}
+    r = result(device_weight_bytes=held, memory_bytes_per_s=speeds)
+    assert q.utilization(r, runs(10, 10), 40) == pytest.approx(10 * (30 / 1000 + 10 / 500))
+    assert q.utilization(r, runs(10, 10), None) is None and q.utilization(r, [run(tokens=1)], 40) is None
+    assert q.utilization(replace(r, memory_bytes_per_s={"cuda:0": 1000.0}), runs(10), 40) is None
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("interval", "verdict"),
     [
-        (None, "–"),
-        (0, "0"),
-        (0.00213, "0.00213"),
-        (0.5, "0.500"),
-        (3.14159, "3.14"),
-        (44.94, "44.9"),
-        (151.2, "151"),
-        (1234.5, "1234"),
+        *[((0.9, 0.95), "met"), ((0.9, 0.9), "met"), ((0.5, 0.899), "not met"), (None, "too close to call")],
+        *[((0.5, 0.9), "too close to call"), ((0.89, 0.91), "too close to call")],
     ],
 )
-def test_three_significant_digits(value, shown):
-    assert q.digits(value) == shown
+def test_judged_by_the_interval_not_its_middle(interval, verdict):
+    assert q.judge(interval, 0.9) == verdict
 
 
-def test_single_report_as_text():
-    warm, s = run(tokens=16, text="x"), replace(q.Settings(), model_name="a/b")
-    r = result(settings=s, warmup=[warm], generation={"top_k": 50, "top_p": None})
-    r = replace(
-        r,
-        runs=[run(text="The [bold] answer\nis 42."), run(decode=None, gaps=(), tokens=1, stop_reason="eos")],
+@pytest.mark.parametrize(
+    ("kl", "error", "verdict", "very_close"),
+    [
+        *[(0.05, 0, "kept", "met"), (0.04, 0.001, "kept", "met"), (0.01, None, "–", "too close to call")],
+        *[(0.051, 0, "changed", "not met"), (0.5, 0, "changed", "not met"), (0.501, 0, "broken", "not met")],
+        (0.04, 0.01, "kept or changed", "too close to call"),
+        (0.49, 0.1, "changed or broken", "not met"),
+        (0.3, 0.2, "kept or broken", "too close to call"),
+    ],
+)
+def test_answers_are_judged_by_the_interval_of_kl(kl, error, verdict, very_close):
+    r = result("int8", quality=quality(kl, error))
+    assert q.verdict(r) == verdict
+    assert [row[3] for row in q.expectations([r]) if row[0] == "answers very close"] == [very_close]
+
+
+# ------------------------------------------------------------------------------------------------- expectations
+
+
+def verdicts(*results):
+    return {(expected, of): said for expected, of, _, said in q.expectations(list(results))}
+
+
+MEMORY, SPEED = ("50-60 % less memory than 16 bit", "int8"), ("90-95 % of the 16-bit speed", "int8")
+COMPILE = ("model = torch.compile(model): 20-30 % faster", "int8")
+
+
+def test_expectations_are_judged_at_their_limits():
+    base = result("none", (20, 20), stored=2 * GIB)
+    assert verdicts(base, result("int8", (19, 19), stored=GIB)).items() >= {(MEMORY, "met"), (SPEED, "met")}
+    assert verdicts(base, result("int8", (18, 18.2)))[SPEED] == "too close to call"
+    slow = verdicts(base, result("int8", (10, 10), stored=GIB + 1))
+    assert slow == {MEMORY: "not met", SPEED: "not met"}
+    tried = {"met": [1.0, 1.01, 1.0], "too close to call": [1.0, 1.3, 1.2], "not met": [1.25, 1.24, 1.25]}
+    for said, wrapped in tried.items():
+        pairs = q.TorchCompile(1, 32, wrapped, [1.25, 1.25, 1.25])
+        assert verdicts(result("int8", torch_compile=pairs))[COMPILE] == said
+    one = q.TorchCompile(1, 32, [1.0], [1.25])
+    assert verdicts(result("int8", torch_compile=one))[COMPILE] == "too close to call"
+
+
+def test_a_row_stands_where_its_precisions_were_measured():
+    assert verdicts(result("none")) == {} == verdicts(result("int4"))
+    assert set(verdicts(result("int8"))) == {MEMORY}
+    assert set(verdicts(result("none"), result("int8", ()))) == {MEMORY}
+    one_token = result("int8", runs=[run(tokens=1, stop_reason="eos")] * 2)
+    assert (
+        set(verdicts(result("none"), one_token)) == {MEMORY} == set(verdicts(one_token, result("none", ())))
     )
-    assert text(q.single_report(r)) == EXPECTED_SINGLE.strip("\n")
+    assert set(verdicts(result("none"), result("int8", devices=["cuda:0"]))) == {MEMORY}
+    assert verdicts(result("none"), result("int8", (10.0,)))[SPEED] == "too close to call"  # a single run
 
 
-def test_comparison_as_text_in_80_columns():
-    results = [
-        result("none", 20.0, stored=2 * GIB),
-        result("float8", None, failure="its process was killed by SIGKILL"),
-        result("int8", 10.0, 0.004, stored=int(1.1 * GIB)),
-        result("int4", 15.0, 0.2, stored=int(0.7 * GIB)),
-        result("int2", 5.0, 4.2, stored=int(0.5 * GIB)),
-    ]
-    results = [replace(r, settings=replace(r.settings, compare=q.PRECISIONS)) for r in results]
-    shown = text(q.comparison_report(results))
-    assert shown == EXPECTED_COMPARISON.strip("\n")
-    assert max(map(len, shown.splitlines())) <= 80
+def test_float8_and_int4_are_judged_against_int8():
+    exact, less = ("more exact than int8", "float8"), ("less memory still than int8", "int4")
+    int8, float8 = result("int8", kl=0.004), result("float8", kl=0.003)
+    assert (
+        verdicts(int8, float8)[exact] == "met"
+        and verdicts(result("int8", kl=0.002), float8)[exact] == "not met"
+    )
+    assert verdicts(int8, result("float8", quality=quality(0.003, 0.001)))[exact] == "too close to call"
+    assert exact not in verdicts(int8, result("float8", quality=quality(0.003, reference="int8")))
+    assert verdicts(int8, result("int4", stored=GIB // 2))[less] == "met"
+    assert verdicts(int8, result("int4", stored=GIB))[less] == "not met"
 
 
-def test_of_equally_small_precisions_the_fastest_is_recommended():
-    results = [result("none", 20.0, stored=2 * GIB), result("float8", 2.0, 0.01), result("int8", 9.0, 0.02)]
-    (line,) = q.verdict_lines(results)
-    assert "keeps the answers: int8" in line
-
-
-def test_promises_are_judged_at_their_limits():
-    base, eager = result("none", 20.0, stored=2 * GIB), [run(10.0)]
-    kept = result("int8", 18.0, 0.049, stored=GIB, eager_runs=eager)
-    broken = result("int4", 11.9, 0.05, stored=GIB + 10**7, eager_runs=eager)
-    judged = q.promises([base, kept, broken])
-    assert {name: row["int8"][0] for name, row in judged.items()} == dict.fromkeys(q.PROMISED, True)
-    assert {name: row["int4"][0] for name, row in judged.items()} == dict.fromkeys(q.PROMISED, False)
-    unknown = q.promises([result("int8", None, stored=None)])
-    assert {name: row["int8"] for name, row in unknown.items()} == dict.fromkeys(q.PROMISED)
-
-
-def test_promises_against_16_bit_are_not_judged_against_32():
-    r = replace(result("int8", 20.0), unquantized_bytes=4 * GIB, parameters=GIB)
-    told = q.promises([result("none", 10.0), r])
-    assert told["memory saved"]["int8"] is None and told["16-bit speed"]["int8"] is None
+def test_expectations_against_16_bit_are_not_judged_against_32():
+    r = result("int8", unquantized_bytes=4 * GIB)
+    assert verdicts(result("none"), r) == {}
     assert any("32-bit" in line for line in q.warnings_for(r))
 
 
-def test_a_model_that_quanto_hardly_reaches_says_so():
-    r = replace(result("int8"), quantizable_bytes=GIB // 4)
-    assert any("only 12.5 %" in line for line in q.warnings_for(r))
+def test_reasons_for_what_was_not_met():
+    reasons = q.reasons(comparison(), q.expectations(comparison()))
+    assert [line.split(":")[0] for line in reasons] == ["Memory", "Speed", "torch.compile"]
+    assert "8 bits save at most 25.0 % here" in reasons[0]  # half of the bytes are in layers of 16 bits
+    assert q.reasons([result()], q.expectations([result()])) == []
 
 
-def test_quality_on_few_tokens_says_so():
-    few = replace(result("int8", kl=0.001), quality=q.Quality(15, 0.001, 1.0, 0.8, 1.0))
-    assert any("rests on 15 tokens" in line for line in q.warnings_for(few))
-    assert not any("rests on" in line for line in q.warnings_for(result("int8", kl=0.001)))
+def test_every_judgement_can_be_recomputed_from_the_file():
+    """By a reader with the JSON alone, in formulas of his own."""
+    made = compiled_comparison()
+    file = json.loads(q.to_json(q.Benchmark(made)))
+    by_name = {r["settings"]["weights"] or "none": r for r in file["results"]}
+    int8, base, int4 = by_name["int8"], by_name["none"], by_name["int4"]
+    said = verdicts(*made)
 
-
-def test_memory_that_is_not_equally_fast_for_all_says_so():
-    def told(*speeds):
-        results = [replace(result("int8"), memory_bytes_per_s={"cpu": speed}) for speed in speeds]
-        return q.unlike(results)
-
-    assert told(34e9, 61e9, 35e9) == [
-        "Memory of cpu: 34.0 to 61.0 GB/s measured beside different precisions; MBU is rough."
-    ]
-    assert told(34e9, 36e9) == [] and q.unlike([result("int8", memory_bytes_per_s={})]) == []
-
-
-def test_a_verdict_names_the_speeds_that_are_uncertain():
-    shaky = result("int8", runs=[run(gaps=(g, g)) for g in (0.1, 0.2)])
-    assert "speed of int8: see above" in q.verdict_lines([result("none"), shaky])[-1]
-    assert len(q.verdict_lines([result("none"), result("int8")])) == 1
-
-
-def test_prefill_of_different_lengths_says_so():
-    told = q.unlike(
-        [result("none"), result("float8", prefill_tokens=64), result("int8", prefill_tokens=None)]
+    assert (said[MEMORY] == "met") == (1 - int8["weight_bytes"] / int8["unquantized_bytes"] >= 0.5)
+    assert (said["less memory still than int8", "int4"] == "met") == (
+        int4["weight_bytes"] < int8["weight_bytes"]
     )
-    assert len(told) == 1 and "none 512, float8 64 tokens" in told[0]
+    logs = [[math.log(39 / sum(run["inter_token_s"])) for run in r["runs"]] for r in (int8, base)]
+    center = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
+    halves = [statistics.stdev(log) / math.sqrt(2) for log in logs]
+    half = 12.71 * math.hypot(*halves)  # two runs a side: Welch's degrees of freedom lie between 1 and 2
+    assert q.speed_interval(made[1], made[0]) == pytest.approx(
+        (math.exp(center - half), math.exp(center + half))
+    )
+    assert (said[SPEED] == "not met") == (math.exp(center + half) < 0.9)
+    for name in ("int8", "int4", "int2"):
+        kl = by_name[name]["quality"]
+        assert (said["answers very close", name] == "met") == (
+            kl["kl_divergence"] + 1.96 * kl["kl_standard_error"] < 0.05
+        )
+    tried = int8["torch_compile"]
+    gains = [
+        math.log(bare / wrapped) for bare, wrapped in zip(tried["bare_s"], tried["wrapped_s"], strict=True)
+    ]
+    assert math.exp(statistics.fmean(gains) + 4.303 * statistics.stdev(gains) / math.sqrt(3)) < 1.2
+    assert said[COMPILE] == "not met" and len(said) == 7
+
+    kept = [
+        n
+        for n, r in by_name.items()
+        if r["quality"] and r["complete"] and said["answers very close", n] == "met"
+    ]
+    smallest = min(kept, key=lambda n: by_name[n]["weight_bytes"])
+    rates = {
+        n: statistics.median([run["decode_tokens_per_s"] for run in r["runs"]] or [0])
+        for n, r in by_name.items()
+    }
+    text = " ".join(q.recommendation(made))
+    assert (
+        smallest == "int8"
+        and "Smallest that keeps the answers: int8" in text
+        and f"{rates['int8']:.1f} tokens/s" in text
+    )
+    assert max(rates, key=rates.get) == "none" and "Fastest: bf16" in text
 
 
-def test_a_note_names_its_precision_unless_it_is_everyones():
-    notes = {"none": ["no NVML"], "int8": ["no NVML", "other programs use 35 % of the processor"]}
-    shown = text(q.comparison_report([result(name, notes=told) for name, told in notes.items()]), 120)
-    assert shown.count("no NVML") == 1 and "! no NVML" in shown and "! int8: other programs" in shown
+# ----------------------------------------------------------------------------------------------- recommendation
 
 
-def test_text_is_shown_as_it_is():
-    shown = io.StringIO()
-    q.show([q.literal("a [bold] answer :key:")], shown)
-    assert shown.getvalue() == "a [bold] answer :key:\n"
+def advice(*results):
+    return " ".join(q.recommendation(list(results)))
 
 
-def test_random_weights_have_no_quality_and_say_so():
-    s = replace(q.Settings(), random_weights=True)
-    results = [result("none", settings=replace(s, weights=None)), result("int8", settings=s)]
-    shown = text(q.comparison_report(results), 120)
-    assert "Random weights" in shown and "Quality was not measured." in shown and "reference" not in shown
+def test_of_equally_small_precisions_the_fastest_is_recommended():
+    told = advice(
+        result("none", (20, 20), stored=2 * GIB), result("float8", (2, 2), 0.01), result("int8", (9, 9), 0.02)
+    )
+    assert "keeps the answers: int8" in told and "0.450 times bf16's speed" in told
 
 
-def test_verdict_borders():
-    assert [q.verdict(result(kl=kl)) for kl in (0.0499, 0.05, 0.5, 0.501)] == [
-        "kept",
-        "changed",
-        "changed",
-        "broken",
+def test_what_is_not_complete_is_never_recommended():
+    unfinished = result("int2", (99, 99), 0.001, stored=GIB // 8, complete=False)
+    told = advice(result("none", (20, 20), stored=2 * GIB), result("int8", (10, 10), 0.01), unfinished)
+    assert "Fastest: bf16" in told and "Smallest: int8" in told and "keeps the answers: int8" in told
+    assert "int2" not in told and advice(unfinished) == ""
+
+
+def test_speeds_that_cannot_be_told_apart_are_said_to_be():
+    base = result("none", (19, 21), stored=2 * GIB)
+    assert "Fastest: bf16 (20.0 tokens/s), about as fast: int8." in advice(base, result("int8", (18.5, 20.5)))
+    assert "about" not in advice(result("none", (19.9, 20)), result("int8", (10, 10.1)))
+    assert "Fastest: bf16 (20.0 tokens/s), not surely slower: int8." in advice(base, result("int8", (10,)))
+
+
+def test_precisions_on_different_devices_are_not_compared():
+    base, r = (
+        result("none", stored=2 * GIB, devices=["cuda:0", "cuda:1"]),
+        result("int8", (9, 9), 0.01, devices=["cuda:0"]),
+    )
+    told = advice(base, r)
+    assert "Fastest" not in told and "times bf16's" not in told and q.speed_interval(r, base) is None
+    assert q.comparability_warnings([base, r]) == [
+        "Measured on different devices (bf16 on cuda:0, cuda:1; int8 on cuda:0): speeds are not compared."
     ]
 
 
-def test_peak_over_devices_and_a_childs_death():
-    peak = {"cuda:0 allocated": 5, "cuda:0 used": 50, "cuda:1 allocated": 6, "rss": 1}
-    assert q.peak_bytes(result(memory={"peak of runs": peak})) == 11
-    assert q.peak_bytes(result(memory={"peak of runs": {"rss": 1}})) == 1
-    assert q.death(-9) == "its process was killed by SIGKILL (out of memory?)"
-    assert q.death(3) == "its process ended with exit code 3"
+def test_no_check_is_not_a_passed_check():
+    assert "Quality was not measured" in advice(result("none"), result("int8"))
+    unsure = result("int8", quality=quality(0.04, 0.01))
+    assert "No precision surely keeps bf16's answers. " in advice(result("none"), unsure).replace("[/]", "")
+    assert "Answers kept or changed: int8." in advice(result("none"), unsure)
+    reference = result("int8", is_reference=True)
+    assert "No precision surely keeps int8's answers." in advice(reference, result("int4", kl=0.2))
 
 
-EXPECTED_SINGLE = """
-# a/b: int8, 1.07 B parameters, on cpu
-Some CPU; 8 GiB
-torch 2.13.0
+def test_the_compiled_step_stands_beside_eager():
+    told = advice(
+        result("none", (20, 20), compiled=compiled(30, 30)),
+        result("int8", (9, 9), 0.01, compiled=compiled(40, 40)),
+    )
+    assert "9.00 tokens/s, 0.450 times bf16's speed; in this script's compiled step: 40.0 tokens/s." in told
+    assert "Fastest: bf16 (20.0 tokens/s)" in told
 
-### Speed: 2 timed runs, 7 prompt tokens
 
-|                                      | median |  min |  max |
-|--------------------------------------|--------|------|------|
-| decode tokens/s                      |   10.0 | 10.0 | 10.0 |
-| TTFT ms                              |   50.0 | 50.0 | 50.0 |
-| latency s                            |   1.20 | 1.20 | 1.20 |
-| tokens/s of the whole call           |   2.50 | 2.50 | 2.50 |
-| inter-token ms p50                   |    100 |      |      |
-| inter-token ms p90                   |    100 |      |      |
-| inter-token ms p99                   |    100 |      |      |
-| s.d. of the decode rate %            |      – |      |      |
-| prefill tokens/s (512 tokens)        |    500 |      |      |
-| memory bandwidth measured GB/s       |   20.0 |      |      |
-| share of it that decode uses % (MBU) |   50.0 |      |      |
+def test_a_recommendation_names_the_speeds_that_are_uncertain():
+    assert "speed of int8: see below" in advice(result("none"), result("int8", (5, 10)))
+    assert "see below" not in advice(result("none"), result("int8"))
 
-### Runs (top_k 50)
 
-| run  | ended by | tokens | TTFT ms | decode tok/s | latency s | J |
-|------|----------|--------|---------|--------------|-----------|---|
-| warm | –        |     16 |    50.0 |         10.0 |      1.20 | – |
-| 1    | length   |      3 |    50.0 |         10.0 |      1.20 | – |
-| 2    | eos      |      1 |    50.0 |            – |      1.20 | – |
+# ----------------------------------------------------------------------------------------------------- warnings
 
-### Memory
 
-| GiB         | before load | after load | peak of load | peak of runs |
-|-------------|-------------|------------|--------------|--------------|
-| process RSS |        1.00 |          – |            – |         3.00 |
+def test_instability_and_drift_say_so_themselves():
+    def told(*rates):
+        return " ".join(q.warnings_for(result(rates=rates)))
 
-Weights: 1,073.74 MB stored (1.00 GiB); unquantized 2,147.48 MB: 50.0 % saved.
-Loaded in 1.50 s.
-Quantized: 4 of 5 linear layers (4 WeightQBytesTensor).
+    assert told(10, 10, 10) == ""
+    assert told(10, 9.999, 9.998, 9.997, 9.996, 9.995) == ""  # in order, and far too little to matter
+    assert "differ by" in told(10, 5, 10) and "slower than the first" not in told(10, 5, 10)
+    assert "slower than the first" in told(10, 9.5, 9, 8.5, 8, 7.5)
+    assert [
+        "the compiled runs' rates differ" in line for line in q.warnings_for(result(compiled=compiled(10, 5)))
+    ] == [True]
 
-### The first answer begins
 
-> The [bold] answer is 42.
-"""
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"quantizable_bytes": GIB // 4}, "only 12.5 % of the weights"),
+        ({"quantized_layers": 0}, "NOTHING WAS QUANTIZED"),
+        ({"quality": quality(4.2)}, "int8 BREAKS THIS MODEL (KL 4.20 nats)"),
+        ({"quality": quality(0.001, positions=15)}, "quality rests on 15 tokens, fewer than 100"),
+        ({"runs": [run(tokens=1, stop_reason="eos")] * 2}, "every answer ended at its first token"),
+        ({"runs": runs(10, 10, stop_reason="time"), "compare": ("int8",)}, "runs ended by MAX_SECONDS"),
+        ({"compiled": compiled(10, 10, recompilations=2)}, "2 recompilations"),
+        (
+            {"settings": settings(quanto_kernels=True), "defects": ["it leaves out the bias of 3 layers"]},
+            "RUNS AS SHIPPED: it leaves out the bias of 3 layers",
+        ),
+    ],
+)
+def test_what_a_reader_must_know_is_said(changes, warning):
+    assert any(warning in line for line in q.warnings_for(result("int8", **changes)))
+    assert q.warnings_for(result("int8", kl=0.001)) == []
 
-EXPECTED_COMPARISON = """
-# Qwen/Qwen2.5-3B: comparison, 1.07 B parameters, on cpu
-Some CPU; 8 GiB
-torch 2.13.0
 
-float8 FAILED: its process was killed by SIGKILL
-! int2 BREAKS THIS MODEL (KL 4.20 nats): do not use it.
+def test_what_was_not_measured_alike_is_said():
+    def told(*speeds):
+        return q.comparability_warnings(
+            [result("int8", memory_bytes_per_s={"cpu": speed}) for speed in speeds]
+        )
 
-### Speed: medians of 5 runs of 128 new tokens
+    assert told(34e9, 36e9) == [] == q.comparability_warnings([result("int8", memory_bytes_per_s={})])
+    (line,) = told(34e9, 61e9, 35e9)
+    assert "Memory of cpu: 34.0 to 61.0 GB/s" in line and "intervals are widened by it" in line
+    prefill = [result("none"), result("float8", prefill_tokens=64), result("int8", prefill_tokens=None)]
+    (line,) = q.comparability_warnings(prefill)
+    assert "bf16 512, float8 64 tokens" in line
 
-| weights  | decode tok/s | x none | prefill tok/s | TTFT ms | MBU % | J/tok |
-|----------|--------------|--------|---------------|---------|-------|-------|
-| none     | ██████  20.0 |   1.00 |           500 |    50.0 |  50.0 |     – |
-| float8 ✗ |            – |      – |           500 |       – |  50.0 |     – |
-| int8     | ███     10.0 |  0.500 |           500 |    50.0 |  50.0 |     – |
-| int4     | ████    15.0 |  0.750 |           500 |    50.0 |  50.0 |     – |
-| int2     | ██      5.00 |  0.250 |           500 |    50.0 |  50.0 |     – |
 
-### Memory in GiB (peak: RSS) and quality (same top token: 95 % interval)
-
-| weights  |    stored | saved % | peak | KL nats | same top % |   answers |
-|----------|-----------|---------|------|---------|------------|-----------|
-| none     | ███  2.00 |       0 | 3.00 |       – |          – | reference |
-| float8 ✗ | ██   1.00 |    50.0 | 3.00 |       – |          – |         – |
-| int8     | ██   1.10 |    45.0 | 3.00 | 0.00400 | 90 (83–94) |      kept |
-| int4     | █   0.700 |    65.0 | 3.00 |   0.200 | 90 (83–94) |   changed |
-| int2     | █   0.500 |    75.0 | 3.00 |    4.20 | 90 (83–94) |    broken |
-
-### Quanto's promises: ✓ kept, ✗ not kept, – not measured
-
-| promise       | documented |   float8 |      int8 |     int4 |     int2 |
-|---------------|------------|----------|-----------|----------|----------|
-| memory saved  | 50-60 %    | ✓ 50.0 % |  ✗ 45.0 % | ✓ 65.0 % | ✓ 75.0 % |
-| 16-bit speed  | 90-95 %    |        – |  ✗ 50.0 % | ✗ 75.0 % | ✗ 25.0 % |
-| quality (KL)  | very close |        – | ✓ 0.00400 |  ✗ 0.200 |   ✗ 4.20 |
-| torch.compile | +20-30 %   |        – |         – |        – |        – |
-
-Memory: embeddings and output stay as stored: 8 bit saves at most 25.0 %.
-Speed: eager Quanto calls Python for every layer and widens weights on every
-call: see --compile.
-Fastest: none (20.0 tokens/s). Smallest: int2 (0.500 GiB). Smallest that keeps
-the answers: int8 (1.10 GiB, 10.0 tokens/s). Answers changed: int4. Answers
-broken: int2.
-"""
+def test_a_workers_end_in_words():
+    assert q.describe_exit(-9) == "its process was killed by SIGKILL (out of memory?)"
+    assert q.describe_exit(3) == "its process ended with exit code 3"
+    assert q.describe_exit(-11, "in kernel x") == "its process was killed by SIGSEGV (in kernel x)"

@@ -1,0 +1,154 @@
+"""Hand-made Results for the tests of what is computed and printed from them; nothing here is measured."""
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+import qwquanto as q
+
+GIB = 2**30
+
+
+def settings(**changes):
+    """Settings of the constants as they are in the file."""
+    return replace(q.parse([])[0], **changes)
+
+
+def run(rate=10.0, tokens=40, **changes):
+    """A run of `tokens` tokens, evenly `rate` a second."""
+    gaps = [1 / rate] * (tokens - 1)
+    known = {
+        "seed": 0,
+        "prompt_tokens": 7,
+        "generated_tokens": tokens,
+        "stop_reason": "length",
+        "latency_s": 4.0,
+    }
+    known |= {"ttft_s": 0.05, "decode_tokens_per_s": rate if gaps else None, "tokens_per_s": tokens / 4}
+    known |= {"inter_token_s": gaps, "text": "The [bold] answer\nis :key: 42."}
+    return q.Run(**known | changes)
+
+
+def runs(*rates, **changes):
+    return [run(rate, **changes) for rate in rates]
+
+
+def quality(kl, error=0.0001, **changes):
+    known = {"reference": "none", "positions": 200, "kl_divergence": kl, "kl_standard_error": error}
+    known |= {"kl_p99": 10 * kl, "same_top_token": 0.9, "low": 0.85, "high": 0.93}
+    return q.Quality(**known | changes)
+
+
+def result(weights="int8", rates=(10.0, 10.0), kl=None, stored=GIB, compare=(), **changes):
+    """A complete Result on a CPU: 2 GiB unquantized, half of it in layers that Quanto reaches."""
+    known = {"settings": settings(weights=None if weights == "none" else weights, compare=compare)}
+    known |= {"environment": {"cpu": "Some CPU", "ram": "8 GiB", "torch": "2.13.0"}, "devices": ["cpu"]}
+    known |= {
+        "dtype": "bfloat16",
+        "generation": {"top_k": 50, "top_p": None},
+        "load_s": 1.5,
+        "parameters": GIB,
+    }
+    known |= {"weight_bytes": stored, "unquantized_bytes": 2 * GIB, "quantizable_bytes": GIB}
+    known |= {"quantized_layers": 4, "linear_layers": 5, "weight_types": {"WeightQBytesTensor": 4}}
+    known |= {"kernels": {"quanto::qbytes_mm": 4, "aten::mm": 1}}
+    known |= {"memory": {"before load": {"rss": GIB}, "peak of runs": {"rss": 3 * GIB}}, "runs": runs(*rates)}
+    known |= {"memory_bytes_per_s": {"cpu": 2e10}, "bandwidth_utilization": 0.5, "complete": True}
+    known |= {"prefill_tokens": 512, "prefill_tokens_per_s": 500.0, "prefill_rates": [490.0, 500.0, 510.0]}
+    known |= {"is_reference": weights == "none", "quality": None if kl is None else quality(kl)}
+    return q.Result(**known | changes)
+
+
+def compiled(*rates, **changes):
+    known = {"way": "fast step", "seconds": 61.0, "graphs": 3, "runs": runs(*rates)}
+    return q.Compiled(**known | {"bandwidth_utilization": 0.8} | changes)
+
+
+def comparison():
+    """One of all five precisions: one failed, one is broken; int8 tried torch.compile(model)."""
+    tried = q.TorchCompile(0, 32, [1.0, 1.01, 1.0], [1.0, 1.0, 1.01])
+    each = {"compare": q.PRECISIONS}
+    return [
+        result("none", (19.9, 20.1), stored=2 * GIB, **each),
+        result("int8", (9.9, 10.1), 0.004, stored=int(1.1 * GIB), torch_compile=tried, **each),
+        result(
+            "float8", (), **each, failure="its process was killed by SIGKILL (out of memory?)", complete=False
+        ),
+        result("int4", (14.8, 15.2), 0.2, stored=int(0.7 * GIB), **each),
+        result("int2", (5.0, 5.01), 4.2, stored=GIB // 2, **each),
+    ]
+
+
+def compiled_comparison():
+    """The same with --compile."""
+    made = comparison()
+    for r, rates in zip(made, ((30, 31), (40, 42), (), (35, 36), (20, 21)), strict=True):
+        r.settings = replace(r.settings, compile=True)
+        r.compiled = compiled(*rates) if rates else None
+    return made
+
+
+def interrupted():
+    """A comparison that Ctrl-C ended within its second precision."""
+    first, second = comparison()[:2]
+    second = replace(second, runs=second.runs[:1], quality=None, torch_compile=None, complete=False)
+    return q.Benchmark([first, second], interrupted=True)
+
+
+def text(parts, width=80):
+    """What a terminal of this width shows."""
+    console = Console(width=width, highlight=False, emoji=False)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def piped(benchmark):
+    """What standard output gets where it is no terminal."""
+    out = io.StringIO()
+    q.render(q.report(benchmark), out)
+    return out.getvalue()
+
+
+def files():
+    """Two saved files: a comparison, and the same with --compile on a newer torch, faster and more exact in int4."""
+    before, after = comparison()[:-1], compiled_comparison()
+    before[3] = replace(before[3], runs=runs(14.9, 15.0, 15.1))
+    for r in after:
+        r.environment = r.environment | {"torch": "2.14.0"}
+    after[3] = replace(after[3], quality=quality(0.1), runs=runs(17.9, 18.0, 18.1))
+    dates = [f"2026-11-{day}T10:00:00+00:00" for day in (25, 26)]
+    return ["before.json", "runs/after.json"], [
+        q.Benchmark(before, date=dates[0]),
+        q.Benchmark(after, date=dates[1]),
+    ]
+
+
+def gpu_comparison():
+    """The widest: energy, prefill of five digits, a failure, slow and fast precisions."""
+    made = compiled_comparison()
+    for r in made:
+        r.devices, r.memory_bytes_per_s = ["cuda:0"], {"cuda:0": 2.95e12}
+        r.prefill_tokens_per_s, r.prefill_rates = 17500.0, [17300.0, 17800.0]
+        for each in (r.runs, r.compiled.runs if r.compiled else []):
+            each[:] = [
+                replace(x, ttft_s=0.03 + i / 1000, energy_j={"cuda:0": 139.0}) for i, x in enumerate(each)
+            ]
+    return made
+
+
+BENCHMARKS = {
+    "single": q.Benchmark([result(warmup=[run(9, tokens=16)], runs=[*runs(10, 10.2), run(tokens=1)])]),
+    "chinese": q.Benchmark(
+        [result("none", runs=runs(10, text="如何计算矩阵的行列式？" * 40), compare=("none",))]
+    ),
+    "comparison": q.Benchmark(comparison()),
+    "compiled": q.Benchmark([result(compiled=compiled(20, 21))]),
+    "compiled comparison": q.Benchmark(compiled_comparison()),
+    "gpu comparison": q.Benchmark(gpu_comparison()),
+    "failed": q.Benchmark([result(failure="its process ended with exit code 1", complete=False)]),
+    "interrupted": interrupted(),
+    "random weights": q.Benchmark([result(settings=settings(random_weights=True))]),
+}

@@ -1,0 +1,285 @@
+"""However a worker ends, and however its parent does: what was measured stands, and nothing is left behind."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from conftest import BANDWIDTH, QUESTION, SCRIPT, arguments, edited, wait_for
+
+# edits of the script: each gives a worker a fault, or a place to wait in
+RUN = "    torch.manual_seed(seed)\n    energy = energy_j(bench.handles)\n"
+MEASURED = '    measure(Result(wanted), job["reference"], job["on_terminal"], job["debug"])\n'
+STEP = "    STEP_TIMEOUT_S = timeout_s\n    status(doing)\n"
+HANG = (STEP, STEP + "    if doing == os.environ.get('HANG_IN'):\n        time.sleep(3600)\n")
+
+
+def worker_of(process):
+    """The worker of a started script, once there is one."""
+
+    def find():
+        with contextlib.suppress(psutil.Error):  # one that has just been made, or ended
+            return [c for c in psutil.Process(process.pid).children() if "--worker" in c.cmdline()]
+
+    return wait_for(find, process)[0]
+
+
+def wait_for_end(session, seconds):
+    """Wait until no process of a session is left; what is, after so many seconds."""
+
+    def of_session():
+        left = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                    left.append(process)
+        return left
+
+    end = time.monotonic() + seconds
+    while (left := of_session()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return left
+
+
+# ---------------------------------------------------------------------------------- the parent and its streams
+
+PARENT = """import runpy, sys
+sys.argv = [{path!r}, *{argv!r}]
+try:
+    runpy.run_path({path!r}, run_name="__main__")
+except SystemExit as end:
+    heavy = {{"torch", "transformers", "numpy", "optimum"}} & set(sys.modules)
+    print("parent:", end.code, heavy, file=sys.stderr)
+"""
+
+
+def test_only_a_worker_imports_torch_and_the_parent_stays_small(tiny):
+    flags = {"model_name": tiny, "device": "cpu", "question": QUESTION, "max_length": 40, "warmup_runs": 0}
+    code = PARENT.format(path=str(SCRIPT), argv=arguments(flags))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    worker, parents, workers = worker_of(process), [], []
+    with contextlib.suppress(psutil.Error):
+        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+            parents.append(psutil.Process(process.pid).memory_info().rss)
+            workers.append(worker.memory_info().rss)
+            time.sleep(0.05)
+    _, err = process.communicate(timeout=60)
+    assert err.decode().splitlines()[-1] == "parent: 0 set()"
+    assert max(parents) < 100e6 < 200e6 < max(workers)
+
+
+def test_prints_within_a_worker_stay_there_and_a_complete_result_is_complete(script, tiny, tmp_path):
+    """A library prints in every way there is; and the process ends with exit code 1 when all has been measured."""
+    prints = "    print('NOISE')\n    os.write(1, b'NOISE')\n    os.system('echo NOISE')\n"
+    copy = edited(tmp_path, BANDWIDTH, (RUN, prints + RUN), (MEASURED, MEASURED + "    os._exit(1)\n"))
+    ended = script(path=copy, model_name=tiny, question=QUESTION, max_length=40, results="-")
+    assert ended.code == 0, ended.err
+    (found,) = json.loads(ended.out)["results"]
+    assert found["complete"] and found["failure"] is None and len(found["runs"]) == 2
+    assert "### Speed" in ended.err and "NOISE" not in ended.out + ended.err
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(script, tiny):
+    """As in `| head -3`, with nobody left when the report comes."""
+    read, write = os.pipe()
+    process = script.start(
+        model_name=tiny, question=QUESTION, max_length=40, runs=1, streams={"stdout": write}
+    )
+    os.close(write)
+    os.close(read)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and b"Error" not in err and b"Traceback" not in err
+
+
+def test_results_on_a_full_disk(script, tiny):
+    """The limit of a file's size stands for a disk that fills up: the file can be made, and not be written."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+
+    streams = {"preexec_fn": limit}
+    ended = script(model_name=tiny, question=QUESTION, max_length=40, runs=1, streams=streams)
+    assert ended.code == 1 and "### Speed" in ended.out
+    lines = [line for line in ended.err.splitlines() if line.startswith("qwquanto:")]
+    assert lines == [f"qwquanto: cannot write {script.file}: File too large"]
+    assert not script.file.exists() and not list(script.file.parent.glob(".results*"))
+
+
+# --------------------------------------------------------------------------------------------- a worker's end
+
+
+def test_a_worker_killed_in_the_third_run_leaves_two(script, tiny, tmp_path):
+    copy = edited(tmp_path, BANDWIDTH)
+    process = script.start(
+        path=copy, model_name=tiny, question=QUESTION, runs=300, temperature=50.0, max_length=400
+    )
+    worker = worker_of(process)
+    wait_for(lambda: script.results and len(script.results[0]["runs"]) >= 2, process)
+    worker.kill()
+    ended = script.end(process)
+    (found,) = ended.results
+    assert ended.code == 1 and len(found["runs"]) >= 2 and not found["complete"]
+    assert found["failure"] == "its process was killed by SIGKILL (out of memory?)"
+    assert ended.out.count("SIGKILL") == 1 and re.search(r"^\| 2 ", ended.out, re.MULTILINE)
+
+
+def test_every_way_a_worker_can_end(script, tiny, tmp_path):
+    """Each precision has an end of its own; none takes what was measured along, and none holds up the others."""
+    in_second_run = (
+        "    if seed == 1 and s.weights is None:\n        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    if seed == 1 and s.weights == 'int8':\n        time.sleep(3600)\n"
+        "    if seed == 1 and s.weights == 'int2':\n        sys.exit(3)\n"
+    )
+    loading = '    with step("loading the model", timeout_s=None):\n'
+    fails = "        if s.weights == 'float8':\n            raise ValueError('odd')\n"
+    running = '        with step("running the model"):\n            result.warmup'
+    copy = edited(
+        tmp_path, BANDWIDTH, (RUN, in_second_run + RUN), (loading, loading + fails),
+        (running, running.replace('model"', 'model", timeout_s=6')), ("EXIT_S = 10 ", "EXIT_S = 2 "),
+        (MEASURED, MEASURED + "    time.sleep(3600)\n"),  # hangs at exit, complete (int4) or failed (float8)
+    )  # fmt: skip
+    ended = script(
+        path=copy, model_name=tiny, question=QUESTION, compare=("none", "int8", "float8", "int4", "int2"),
+        compare_tokens=8, quality_tokens=0,
+    )  # fmt: skip
+    assert ended.code == 1
+    assert {r["settings"]["weights"]: r["failure"] for r in ended.results} == {
+        None: "its process was killed by SIGSEGV",
+        "int8": "said nothing for 6 s while running the model, and was ended",
+        "float8": "ValueError while loading the model: odd (--debug shows more)",
+        "int4": None,
+        "int2": "its process ended with exit code 3",
+    }
+    assert [len(r["runs"]) for r in ended.results] == [1, 1, 0, 2, 1]
+    assert [r["complete"] for r in ended.results] == [False, False, False, True, False]
+    for line in ("bf16 FAILED: its process was killed by SIGSEGV", "int2 FAILED: its process ended"):
+        assert line in ended.out
+
+
+def test_a_complete_result_is_complete_though_its_process_hangs(script, tiny, tmp_path):
+    """And a later write makes up for one that failed: nothing is said of it then."""
+    write = "    temporary = target.with_name("
+    fails = "    if not benchmark.results[0].runs:\n        raise OSError(28, 'No space left on device')\n"
+    hangs = (MEASURED, MEASURED + "    time.sleep(3600)\n"), ("EXIT_S = 10 ", "EXIT_S = 2 ")
+    copy = edited(tmp_path, BANDWIDTH, (write, fails + write), *hangs)
+    ended = script(path=copy, model_name=tiny, question=QUESTION, max_length=40, runs=1)
+    assert ended.code == 0 and ended.results[0]["complete"]
+    assert "FAILED" not in ended.out and "No space" not in ended.err
+
+
+def test_a_package_that_is_missing_is_named(script, tiny, tmp_path):
+    copy = edited(tmp_path, ("import huggingface_hub\n", "import no_such_package\n"))
+    ended = script(path=copy, model_name=tiny)
+    (line,) = ended.err.strip().splitlines()
+    assert ended.code == 1 and ended.out == ""
+    assert "No module named 'no_such_package'" in line and line.endswith("pip install -r requirements.txt")
+
+
+# --------------------------------------------------------------------------------------------- the parent's end
+
+
+class Terminal:
+    """The script in the foreground of a terminal of its own, as after an Enter in a shell."""
+
+    def __init__(self, script, **flags):
+        self.ours, theirs = pty.openpty()
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+
+        def take_terminal():
+            os.setsid()
+            import fcntl
+            import termios
+
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = script.start(streams=streams | {"preexec_fn": take_terminal}, **flags)
+        os.close(theirs)
+        self.shown = b""
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(self.ours, 4096):
+                self.shown += part
+
+    def press_ctrl_c(self):
+        os.write(self.ours, b"\x03")
+
+    def end(self):
+        """The exit code and all that was shown."""
+        code = self.process.wait(timeout=60)
+        self.reader.join()
+        os.close(self.ours)
+        return code, self.shown.decode("utf-8")
+
+
+def check_interrupted(terminal, session):
+    """What holds whenever and however the parent is told to end; what was shown."""
+    code, shown = terminal.end()
+    assert code == 130 and "Traceback" not in shown and "interrupted" in shown
+    assert not wait_for_end(session, 2)
+    assert shown.rfind("\x1b[?25l") < shown.rfind("\x1b[?25h"), "the cursor is visible again"
+    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)
+
+
+LONG = {"question": QUESTION, "runs": 300, "temperature": 50.0, "max_length": 400}
+
+
+@pytest.mark.parametrize("end", ["0x03", "SIGTERM", "SIGHUP"])
+def test_an_end_during_runs_keeps_those_that_were_made(script, tiny, tmp_path, end):
+    terminal = Terminal(script, path=edited(tmp_path, BANDWIDTH), model_name=tiny, **LONG)
+    worker = worker_of(terminal.process)
+    wait_for(lambda: script.results and script.results[0]["runs"], terminal.process)
+    terminal.press_ctrl_c() if end == "0x03" else terminal.process.send_signal(signal.Signals[end])
+    shown = check_interrupted(terminal, worker.pid)
+    assert "### Runs" in shown and re.search(r"^\| 1 ", shown, re.MULTILINE)
+
+
+def test_ctrl_c_while_importing(script, tiny):
+    terminal = Terminal(script, model_name=tiny)
+    worker = worker_of(terminal.process)
+    wait_for(lambda: b"importing" in terminal.shown, terminal.process)
+    terminal.press_ctrl_c()
+    assert "###" not in check_interrupted(terminal, worker.pid)
+
+
+@pytest.mark.parametrize("place", ["loading the model", "measuring quality"])
+def test_ctrl_c_prints_what_has_finished(script, tiny, tmp_path, place):
+    copy = edited(tmp_path, BANDWIDTH, HANG)
+    flags = {"compare": ("none", "int8"), "compare_tokens": 8, "quality_tokens": 8, "question": QUESTION}
+    terminal = Terminal(script, path=copy, env={"HANG_IN": place}, model_name=tiny, **flags)
+    worker = worker_of(terminal.process)
+    wait_for(lambda: place.encode() in terminal.shown, terminal.process)
+    terminal.press_ctrl_c()
+    shown = check_interrupted(terminal, worker.pid)
+    assert ("8 new tokens" in shown) == (place == "measuring quality")
+    assert not list(script.temporary.glob("qwquanto-*"))
+
+
+@pytest.mark.parametrize("place", ["importing", "running the model"])
+def test_a_killed_parent_leaves_no_worker(script, tiny, tmp_path, place):
+    """Its worker is gone within 2 s, and so is what that had started."""
+    child = "    if not seed:\n        subprocess.Popen(['sleep', '1000'])\n"
+    copy = edited(tmp_path, BANDWIDTH, (RUN, child + RUN))
+    process = script.start(path=copy, model_name=tiny, **LONG)
+    worker = worker_of(process)
+    if place == "importing":
+        wait_for(lambda: worker.memory_info().rss > 60e6, process)
+    else:
+        wait_for(lambda: script.results and script.results[0]["runs"], process)
+        assert worker.children()
+    process.kill()
+    process.communicate()
+    assert not wait_for_end(worker.pid, 2)
