@@ -1,11 +1,13 @@
 """Compiled decode on the CPU: Quanto's results, no recompilation, in anybody's program; and upstream's defects are still there."""
 
 import inspect
+import re
 
 import optimum.quanto
 import pytest
 import torch
 import transformers
+from conftest import ANSWER, ROOT
 from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
 
 import qwquanto as q
@@ -128,6 +130,15 @@ def test_a_program_of_ones_own(tiny):
         model.generate(prompts[0], attention_mask=torch.tensor([[0, *[1] * 11]]), **greedy, **options)
     with pytest.raises(q.Failure, match="already"):
         q.compile_decode(model, max_tokens=64)
+
+
+def test_the_lines_of_the_readme_run(tiny):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"<!-- compile_decode -->\n```python\n(.*?)```", readme, re.DOTALL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    names = {"transformers": transformers, "folder": tiny, "tokenizer": tokenizer}
+    exec(lines, names)
+    assert ANSWER in tokenizer.decode(names["ids"][0])
 
 
 def test_two_models_in_one_program_keep_apart(tiny):
