@@ -1408,7 +1408,7 @@ def follow(
             if ended and silent > EXIT_S:
                 return result, None
             if not ended and limit is not None and silent > limit:
-                return result, f"said nothing for {duration(limit)} while {step}, and was ended"
+                return result, f'said nothing for {duration(limit)} after "{step}", and was ended'
             continue
         if line is None:
             return result, None
@@ -1562,9 +1562,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             measure_all(s, save, view, stop, args.debug)
         except OSError as error:
-            unwritten.append(
-                f"cannot use the temporary folder {tempfile.gettempdir()}: {error.strerror or error}"
-            )
+            place = f"the temporary folder is {tempfile.gettempdir()}, TMPDIR sets another"
+            unwritten.append(f"cannot start a worker: {error.strerror or error} ({place})")
     benchmark.interrupted = stop.seen
     save()
     problems = print_report(s, benchmark) + unwritten
@@ -2128,13 +2127,18 @@ def check_weight_files(folder: str) -> None:
         raise Failure(f"{file} is missing or damaged ({first_line(error)}): download it again") from None
 
 
-def check_checkpoint(s: Settings, folder: str, device: str) -> None:
-    """Raises Failure for a checkpoint that cannot be measured, before anything is loaded."""
+def check_checkpoint(s: Settings, folder: str, device: str) -> int | None:
+    """Bytes of a checkpoint that is quantized already and runs as it is stored; None for all others.
+
+    Raises Failure for one that cannot be measured, before anything is loaded.
+    """
     config = read_config(folder)
     check_architecture(s.model_name, config, s.trust_remote_code)
-    check_quantization(s.model_name, folder, config, s.weights, device)
-    if not s.random_weights:
-        check_weight_files(folder)
+    if s.random_weights:
+        return None
+    quantized = check_quantization(s.model_name, folder, config, s.weights, device)
+    check_weight_files(folder)
+    return sum(file.stat().st_size for file in weight_files(folder)) if quantized else None
 
 
 def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
@@ -2383,6 +2387,8 @@ def make_meta_model(s: Settings, folder: str | None) -> Any:
         config = AutoConfig.for_model(**QWEN2_5_3B)
     else:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=s.trust_remote_code)
+    if s.random_weights:
+        vars(config).pop("quantization_config", None)  # there are no such weights
     own = config.dtype or (stored_dtype(folder) if folder else None) or torch.float32
     dtype = own if s.dtype == "auto" else getattr(torch, s.dtype)
     config.dtype = dtype
@@ -2553,12 +2559,12 @@ def describe_error(error: Exception, bench: Bench) -> tuple[str, bool]:
     return f"{type(error).__name__} while {doing}: {first_line(error)} (--debug shows more)", False
 
 
-def place_model(s: Settings, meta_model: Any, devices: list[str], notes: list[str]) -> list[str]:
+def place_model(bench: Bench, notes: list[str]) -> list[str]:
     """The devices to load on: the first GPU that the model fits, else all. Says what is coming before it comes.
 
     Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried, with a note.
     """
-    needed = expected_bytes(meta_model, s.weights or "none")
+    s, meta_model, devices, needed = bench.settings, bench.meta_model, bench.devices, bench.needed_bytes
     largest = max(
         (meta_model.get_submodule(name).weight.numel() for name in linear_names(meta_model)), default=0
     )
@@ -3578,15 +3584,14 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> None:
             log(note)
     with step("getting the model", timeout_s=None):
         folder = download_model(s.model_name, s.random_weights, not on_terminal)
-        if folder:
-            check_checkpoint(s, folder, bench.devices[0])
+        stored = check_checkpoint(s, folder, bench.devices[0]) if folder else None
         if not s.random_weights:
             bench.tokenizer = load_tokenizer(s.model_name, folder, s.trust_remote_code)
     with step("reading the model's configuration"):
         bench.meta_model = make_meta_model(s, folder)
-        bench.needed_bytes = expected_bytes(bench.meta_model, s.weights or "none")
+        bench.needed_bytes = stored or expected_bytes(bench.meta_model, s.weights or "none")
         result.concerns_all = False
-        bench.devices = place_model(s, bench.meta_model, bench.devices, result.notes)
+        bench.devices = place_model(bench, result.notes)
         bench.free_bytes = sum(memory_of(device)[0] for device in bench.devices)
         bench.handles, reasons = nvml_handles(bench.devices)
         result.devices, result.notes = bench.devices, result.notes + reasons

@@ -320,7 +320,7 @@ def test_out_of_memory_in_a_run(tmp_path):
 
 
 def test_ctrl_c_during_a_run():
-    flags = arguments({"random_weights": True, "max_length": 4000, "runs": 5})
+    flags = arguments({"random_weights": True, "max_length": 200, "runs": 5})
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )

@@ -241,16 +241,20 @@ def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch):
     model.get_output_embeddings = lambda: None
     free, total = {"cuda:0": 200, "cuda:1": 1000}, [1000]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], *total))
-    notes, s = [], settings(weights=None)  # 256 bytes
-    model.dtype = torch.float32
-    assert q.place_model(s, model, list(free), notes) == ["cuda:1"] and not notes
+    notes, model.dtype = [], torch.float32
+    s = settings(weights=None)
+
+    def place():
+        return q.place_model(q.Bench(s, list(free), meta_model=model, needed_bytes=256), notes)
+
+    assert place() == ["cuda:1"] and not notes
     free["cuda:1"] = 200
-    assert q.place_model(s, model, list(free), notes) == ["cuda:0", "cuda:1"] and not notes
+    assert place() == ["cuda:0", "cuda:1"] and not notes
     free["cuda:1"] = 10
-    assert q.place_model(s, model, list(free), notes) == ["cuda:0", "cuda:1"] and "only" in notes[0]
+    assert place() == ["cuda:0", "cuda:1"] and "only" in notes[0]
     total[0] = 100
     with pytest.raises(q.Failure, match="need"):
-        q.place_model(s, model, list(free), notes)
+        place()
 
 
 def benchmark(**fields):

@@ -154,9 +154,11 @@ def test_every_way_a_worker_can_end(script, tiny, tmp_path):
         compare_tokens=8, quality_tokens=0,
     )  # fmt: skip
     assert ended.code == 1
-    assert {r["settings"]["weights"]: r["failure"] for r in ended.results} == {
+    failures = {r["settings"]["weights"]: r["failure"] for r in ended.results}
+    # a machine under load gets to a line of progress first
+    assert re.fullmatch(r'said nothing for 6 s after "run.*", and was ended', failures.pop("int8"))
+    assert failures == {
         None: "its process was killed by SIGSEGV",
-        "int8": "said nothing for 6 s while running the model, and was ended",
         "float8": "ValueError while loading the model: odd (--debug shows more)",
         "int4": None,
         "int2": "its process ended with exit code 3",
