@@ -3524,8 +3524,11 @@ def measure_quality(bench: Bench, result: Result, folder: Path) -> None:
     with reference_file(folder, "wb" if is_reference else "rb") as rows:
         processor = keep if is_reference else force
         ids = generate(bench, bench.prompt, timer, logits_processor=[processor], **options)
+        if is_reference:  # its tokens last and at once: with them there is a reference
+            part = folder / "tokens.part"
+            part.write_text(json.dumps({"name": result.label, "tokens": ids[0, start:].tolist()}))
+            os.replace(part, tokens_file)
     if is_reference:
-        tokens_file.write_text(json.dumps({"name": result.label, "tokens": ids[0, start:].tolist()}))
         result.is_reference = True
     else:
         error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
