@@ -156,7 +156,7 @@ class Settings:
 
     model_name: str
     weights: str | None
-    compare: tuple[str, ...]
+    compare: list[str]
     device: str
     dtype: str
     compile: bool
@@ -221,9 +221,9 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
         parser.error(f"unexpected argument {wrong}" + (f": did you mean {close[0]}?" if close else ""))
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
     if values["compare"] == [] and values["compare"] is not COMPARE:  # --compare alone
-        values["compare"] = PRECISIONS
-    if isinstance(values["compare"], list | set):
-        values["compare"] = tuple(values["compare"])
+        values["compare"] = list(PRECISIONS)
+    if isinstance(values["compare"], tuple | set):
+        values["compare"] = list(values["compare"])
     return Settings(**values), args
 
 
@@ -426,20 +426,18 @@ def to_json(benchmark: Benchmark) -> str:
     return json.dumps(dataclasses.asdict(benchmark), ensure_ascii=False, indent=1, allow_nan=False)
 
 
-def result_from(plain: dict[str, Any]) -> Result:
-    """A Result from its JSON form. Raises KeyError or TypeError for anything else."""
-    known = plain | {
-        "settings": Settings(**plain["settings"] | {"compare": tuple(plain["settings"]["compare"])})
-    }
-    for name in ("warmup", "runs"):
-        known[name] = [Run(**run) for run in plain[name]]
-    if plain["compiled"]:
-        known["compiled"] = Compiled(
-            **plain["compiled"] | {"runs": [Run(**r) for r in plain["compiled"]["runs"]]}
-        )
-    for name, kind in (("quality", Quality), ("torch_compile", TorchCompile)):
-        known[name] = kind(**plain[name]) if plain[name] else None
-    return Result(**known)
+NESTED = {"results": Result, "settings": Settings, "warmup": Run, "runs": Run, "compiled": Compiled,
+          "quality": Quality, "torch_compile": TorchCompile}  # fmt: skip
+
+
+def from_plain(kind: type, plain: dict[str, Any]) -> Any:
+    """The dataclass that `asdict` made this of. Raises TypeError or AttributeError for anything else."""
+    for name, value in plain.items():
+        if name in NESTED and isinstance(value, list):
+            plain[name] = [from_plain(NESTED[name], item) for item in value]
+        elif name in NESTED and isinstance(value, dict):
+            plain[name] = from_plain(NESTED[name], value)
+    return kind(**plain)
 
 
 def from_json(text: str) -> Benchmark:
@@ -450,7 +448,7 @@ def from_json(text: str) -> Benchmark:
             raise Failure(
                 f"has schema {plain['schema']}, this script reads {SCHEMA}: use the script that wrote it"
             )
-        return Benchmark(**plain | {"results": [result_from(r) for r in plain["results"]]})
+        return from_plain(Benchmark, plain)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Failure("holds no results of this script") from None
 
@@ -632,62 +630,49 @@ def is_float32(r: Result) -> bool:
 
 
 def warnings_for(r: Result) -> list[str]:
-    """What a reader must know before trusting the numbers, the worst first."""
-    s, found = r.settings, []
+    """What a reader must know before trusting a precision's numbers, the worst first."""
+    s, q, found = r.settings, r.quality, []
     if s.random_weights:
         found.append("Random weights: speed and memory hold, text and quality mean nothing.")
     if s.weights and is_float32(r):
-        found.append(
-            "32-bit weights: what Quanto is expected to do is said against 16 bit (--dtype bfloat16)."
-        )
+        found.append("32-bit weights: expectations of Quanto are said against 16 bit (--dtype bfloat16).")
     if s.weights and r.quantized_layers == 0:
-        found.append(
-            f"NOTHING WAS QUANTIZED: Quanto knows none of the layers; {r.name} means as stored here."
-        )
+        found.append("NOTHING WAS QUANTIZED: Quanto knows none of the layers; all is as stored.")
     elif s.weights and r.quantizable_bytes and r.quantizable_bytes < r.unquantized_bytes / 2:
         share = percent(r.quantizable_bytes / r.unquantized_bytes)
-        found.append(f"{r.label}: Quanto reaches only {share} % of the weights; the others stay as stored.")
+        found.append(f"Quanto reaches only {share} % of the weights; the others stay as stored.")
     if s.quanto_kernels and (lost := [text for text in r.defects if " bias " in text]):
-        found.append(f"{r.label} RUNS AS SHIPPED: {lost[0]}.")
+        found.append(f"RUNS AS SHIPPED: {lost[0]}.")
     if verdict(r) == "broken":
-        found.append(
-            f"{r.label} BREAKS THIS MODEL (KL {format_3g(r.quality.kl_divergence)} nats): do not use it."
-        )
-    if r.quality and r.quality.positions < MIN_POSITIONS:
-        few = plural(r.quality.positions, "token")
-        found.append(
-            f"{r.label}: quality rests on {few}, fewer than {MIN_POSITIONS}: a short answer, or MAX_SECONDS."
-        )
+        found.append(f"BREAKS THIS MODEL (KL {format_3g(q.kl_divergence)} nats): do not use it.")
+    if q and q.positions < MIN_POSITIONS:
+        found.append(f"Quality rests on {plural(q.positions, 'token')}, fewer than {MIN_POSITIONS}.")
     if r.timed_runs and all((run.stop_reason, run.generated_tokens) == ("eos", 1) for run in r.timed_runs):
-        found.append(f"{r.label}: every answer ended at its first token: a chat model wants --chat.")
-    for kind, runs in (("", r.runs), ("compiled ", r.compiled.runs if r.compiled else [])):
-        found += instability(f"{r.label}: ", kind, runs, bool(s.compare))
-    if r.compiled and r.compiled.recompilations:
-        found.append(f"{r.label}: {r.compiled.recompilations} recompilations within timed runs count here.")
+        found.append("Every answer ended at its first token: a chat model wants --chat.")
+    found += instability("eager", r.runs, bool(s.compare))
+    if r.compiled:
+        found += instability("compiled", r.compiled.runs, bool(s.compare))
+        if r.compiled.recompilations:
+            found.append(f"{plural(r.compiled.recompilations, 'recompilation')} within the timed runs count.")
     return found + r.notes
 
 
-def instability(label: str, kind: str, runs: list[Run], same_work: bool) -> list[str]:
-    """What is unsteady about some runs, and what of it could not be judged."""
+def instability(kind: str, runs: list[Run], same_work: bool) -> list[str]:
+    """What is unsteady about some runs, and whether that could be judged at all."""
     found, variation = [], coefficient_of_variation(runs)
     if same_work and any(run.stop_reason == "time" for run in runs):
-        found.append(f"{label}{kind}runs ended by MAX_SECONDS, so this is less work than the others did.")
+        found.append(f"The {kind} runs were ended by MAX_SECONDS: less work than the others did.")
     if variation is None:
-        if len(runs) > 1:
-            found.append(
-                f"{label}fewer than two {kind}runs reached {MIN_RATE_TOKENS} tokens: how steady they are is unknown."
-            )
-        return found
+        unknown = (
+            f"Fewer than two {kind} runs reached {MIN_RATE_TOKENS} tokens: how steady they are is unknown."
+        )
+        return found + [unknown] * (len(runs) > 1)
     (rates,) = rates_over_shared_prefix(runs)
     if variation > UNSTABLE:
-        found.append(
-            f"{label}the {kind}runs' rates differ by {percent(variation)} % (s.d.): is the machine busy?"
-        )
+        found.append(f"The {kind} runs' rates differ by {percent(variation)} % (s.d.): is the machine busy?")
     # never of three runs, whose extremes are at most 2 s.d. apart
     if rates[0] - rates[-1] > max(2 * variation, UNSTABLE) * statistics.fmean(rates):
-        found.append(
-            f"{label}the last {kind}run is far slower than the first (over 2 s.d.): heat? another program?"
-        )
+        found.append(f"The last {kind} run is far slower than the first: heat? another program?")
     return found
 
 
@@ -696,118 +681,98 @@ def comparability_warnings(results: list[Result]) -> list[str]:
 
     A process may get faster or slower memory than another: on a shared virtual machine 33 to 61 GB/s, steady in each.
     """
-    found, lengths = [], {r.label: r.prefill_tokens for r in results if r.prefill_tokens}
+    found = []
     placed = {r.label: ", ".join(r.devices) for r in results if r.memory}
     if len(set(placed.values())) > 1:
         each = "; ".join(f"{name} on {devices}" for name, devices in placed.items())
         found.append(f"Measured on different devices ({each}): speeds are not compared.")
+    lengths = {r.label: r.prefill_tokens for r in results if r.prefill_tokens}
     if len(set(lengths.values())) > 1:
         each = ", ".join(f"{name} {tokens}" for name, tokens in lengths.items())
-        found.append(
-            f"Prefill was measured on prompts of different length ({each} tokens): do not compare it."
-        )
+        found.append(f"Prefill had prompts of different length ({each} tokens): do not compare it.")
     for device in dict.fromkeys(device for r in results for device in r.memory_bytes_per_s):
         speeds = [r.memory_bytes_per_s[device] for r in results if device in r.memory_bytes_per_s]
         if max(speeds) > 1.1 * min(speeds):
             span = f"{format_3g(min(speeds), 1e9)} to {format_3g(max(speeds), 1e9)} GB/s"
-            found.append(
-                f"Memory of {device}: {span} measured beside different precisions: intervals are widened by it."
-            )
+            found.append(f"Memory of {device} delivered {span}: the intervals of speeds are widened by it.")
     return found
 
 
-def expectations(results: list[Result]) -> list[tuple[str, str, str, str]]:
-    """Rows (expected, of, measured, verdict): what introductions to Quanto tell users, where it was measured here."""
+@dataclass
+class Expectation:
+    """What introductions to Quanto tell users, what was measured here, and why it differs, where that is known."""
+
+    expected: str
+    of: str  # precision
+    measured: str
+    verdict: str  # met, not met, too close to call
+    reason: str = ""
+
+
+def expectations(results: list[Result]) -> list[Expectation]:
+    """One where its precisions were measured."""
     by_name = {r.name: r for r in results}
     base, int8, float8, int4 = map(by_name.get, ("none", "int8", "float8", "int4"))
-    rows = []
-    if int8 and saving(int8) is not None and not is_float32(int8):
-        saved = f"{percent(saving(int8))} % of the stored weights"
-        (used, kind), (before, other) = peak_bytes(int8), peak_bytes(base) if base else (None, "")
-        saved += f"; peak of {kind} {gib(used)} GiB" if used else ""
-        saved += f" against {gib(before)}" if used and before and kind == other else ""
-        rows.append(("50-60 % less memory than 16 bit", "int8", saved, judge((saving(int8),) * 2, 0.5)))
-    rates = [decode_rate(r.runs) for r in (int8, base) if r]
-    if len(rates) == 2 and all(rates) and int8.devices == base.devices and not is_float32(int8):
-        interval = speed_interval(int8, base)
-        measured = f"{percent(rates[0] / rates[1])} %{span_of(interval, percent)}, both eager"
-        rows.append(("90-95 % of the 16-bit speed", "int8", measured, judge(interval, 0.9)))
+    found = []
+    if int8 and int8.weight_bytes and not is_float32(int8):
+        found.append(expected_memory(int8, base))
+        if base and base.devices == int8.devices and decode_rate(base.runs) and decode_rate(int8.runs):
+            interval = speed_interval(int8, base)
+            ratio = percent(decode_rate(int8.runs) / decode_rate(base.runs))
+            measured = f"{ratio} %{span_of(interval, percent)}, both eager"
+            why = (
+                "Eager Quanto calls Python for every layer, and on a GPU widens 8-bit weights on every call."
+            )
+            found.append(
+                Expectation("90-95 % of the 16-bit speed", "int8", measured, judge(interval, 0.9), why)
+            )
     for r in results:
         if r.quality and r.settings.weights:
-            kept = {"kept": "met", "–": "too close to call"}.get(verdict(r), "not met")
-            kept = "too close to call" if " or " in verdict(r) and "kept" in verdict(r) else kept
-            rows.append(("answers very close", r.label, f"KL {kl_text(r.quality)}", kept))
-    for r in results:
-        if t := r.torch_compile:
-            found = paired_interval(t.bare_s, t.wrapped_s)
-            gain = f"{100 * (found[0] - 1):+.1f} %" if found else "one pair"
-            gain += span_of(found and found[1:], lambda x: f"{100 * (x - 1):+.1f}")
-            measured = f"{gain}, {plural(t.graphs, 'graph')} compiled"
-            rows.append(
-                (
-                    "model = torch.compile(model): 20-30 % faster",
-                    r.label,
-                    measured,
-                    judge(found and found[1:], 1.2),
-                )
-            )
-    if (
-        int8
-        and float8
-        and int8.quality
-        and float8.quality
-        and int8.quality.reference == float8.quality.reference
-    ):
-        eight, more = kl_interval(int8.quality), kl_interval(float8.quality)
-        said = "met" if more[1] < eight[0] else "not met" if more[0] > eight[1] else "too close to call"
-        measured = f"KL {kl_text(float8.quality)} against {kl_text(int8.quality)}"
-        rows.append(("more exact than int8", "float8", measured, said))
+            low, high = kl_interval(r.quality)
+            said = "met" if high <= KL_KEPT else "not met" if low > KL_KEPT else "too close to call"
+            found.append(Expectation("answers very close", r.label, f"KL {kl_text(r.quality)}", said))
+    if int8 and int8.torch_compile:
+        found.append(expected_torch_compile(int8))
+    both = [r.quality for r in (float8, int8) if r and r.quality]
+    if len(both) == 2 and both[0].reference == both[1].reference:
+        (low, high), (least, most) = map(kl_interval, both)
+        said = "met" if high < least else "not met" if low > most else "too close to call"
+        measured = f"KL {kl_text(both[0])} against {kl_text(both[1])}"
+        found.append(Expectation("more exact than int8", "float8", measured, said))
     if int8 and int4 and int8.weight_bytes and int4.weight_bytes:
         measured = f"{gib(int4.weight_bytes)} GiB stored against {gib(int8.weight_bytes)}"
-        rows.append(
-            (
-                "less memory still than int8",
-                "int4",
-                measured,
-                judge((int8.weight_bytes / int4.weight_bytes,) * 2, 1.0001),
-            )
-        )
-    return rows
-
-
-def reasons(results: list[Result], rows: list[tuple[str, str, str, str]]) -> list[str]:
-    """Why an expectation was not met, where the program knows."""
-    missed, found = {row[0] for row in rows if row[3] == "not met"}, []
-    int8 = next((r for r in results if r.name == "int8"), None)
-    if "50-60 % less memory than 16 bit" in missed:
-        width = int8.unquantized_bytes / int8.parameters * 8  # bits a stored parameter has
-        most = percent(int8.quantizable_bytes / int8.unquantized_bytes * (1 - 8 / width))
-        found.append(
-            f"Memory: embeddings and output layer stay as stored, so 8 bits save at most {most} % here."
-        )
-    if "90-95 % of the 16-bit speed" in missed:
-        why = "eager Quanto calls Python for every layer, and on a GPU widens 8-bit weights on every call"
-        found.append(f"Speed: {why}.")
-    if "model = torch.compile(model): 20-30 % faster" in missed and int8.torch_compile.graphs == 0:
-        found.append(
-            "torch.compile: generate() runs the module inside the wrapper, so nothing is compiled (pytorch #161743)."
-        )
+        said = "met" if int4.weight_bytes < int8.weight_bytes else "not met"
+        found.append(Expectation("less memory still than int8", "int4", measured, said))
     return found
 
 
-def complete(results: list[Result]) -> list[Result]:
-    """Those measured to their end, the only ones that are recommended."""
-    return [r for r in results if r.complete and r.weight_bytes and decode_rate(r.runs)]
+def expected_memory(int8: Result, base: Result | None) -> Expectation:
+    """Judged by the stored weights, which are exact; memory in use stands beside them."""
+    (used, kind), (before, base_kind) = peak_bytes(int8), peak_bytes(base) if base else (None, "")
+    measured = f"{percent(saving(int8))} % of the stored weights"
+    if used:
+        measured += f"; peak of {kind} {gib(used)} GiB"
+        measured += f" against {gib(before)}" if before and kind == base_kind else ""
+    bits = 8 * int8.unquantized_bytes / int8.parameters
+    most = percent(int8.quantizable_bytes / int8.unquantized_bytes * (1 - 8 / bits))
+    why = f"Embeddings and output layer stay as stored, so 8 bits save at most {most} % here."
+    said = "met" if saving(int8) >= 0.5 else "not met"
+    return Expectation("50-60 % less memory than 16 bit", "int8", measured, said, why)
 
 
-def about_as_fast(results: list[Result], fastest: Result, compiled: bool = False) -> list[Result]:
-    """The others whose speed cannot be told from the fastest one's."""
-    found = []
-    for r in results:
-        interval = speed_interval(r, fastest, compiled)
-        if r is not fastest and r.devices == fastest.devices and (interval is None or interval[1] >= 1):
-            found.append(r)
-    return found
+def expected_torch_compile(r: Result) -> Expectation:
+    tried = r.torch_compile
+    gain = paired_interval(tried.bare_s, tried.wrapped_s)
+    change = lambda ratio: f"{100 * (ratio - 1):+.1f}"
+    measured = f"{change(gain[0])} %{span_of(gain[1:], change)}" if gain else "one pair"
+    why = "generate() runs the module inside the wrapper, so nothing is compiled (pytorch #161743)."
+    return Expectation(
+        "model = torch.compile(model): 20-30 % faster",
+        r.label,
+        f"{measured}, {plural(tried.graphs, 'graph')} compiled",
+        judge(gain and gain[1:], 1.2),
+        "" if tried.graphs else why,
+    )
 
 
 def reference_of(results: list[Result]) -> str:
@@ -816,51 +781,52 @@ def reference_of(results: list[Result]) -> str:
 
 
 def recommendation(results: list[Result]) -> list[str]:
-    """The answer to "which one?", by plain rules on the figures: the report's first lines."""
-    done = complete(results)
+    """The answer to "which one?", by plain rules on the figures: a comparison's first lines.
+
+    Only what was measured to its end is recommended.
+    """
+    done = [r for r in results if r.complete and r.weight_bytes and decode_rate(r.runs)]
+    kept = [r for r in done if verdict(r) == "kept"]
     if not done:
         return []
-    base = next((r for r in done if r.name == "none"), None)
-    kept = [r for r in done if verdict(r) == "kept"]
     lines = []
-    if not any(r.quality for r in done):
-        lines.append("[bold]Quality was not measured[/], so none is recommended.")
-    elif not kept:
+    if kept:
+        lines.append(recommended(kept, next((r for r in done if r.name == "none"), None)))
+    elif any(r.quality for r in done):
         lines.append(f"[bold]No precision surely keeps {reference_of(results)}'s answers.[/]")
     else:
-        least = min(r.weight_bytes for r in kept)
-        best = max((r for r in kept if r.weight_bytes <= 1.01 * least), key=lambda r: decode_rate(r.runs))
-        line = f"[bold green]Smallest that keeps the answers: {best.label}[/], {gib(best.weight_bytes)} GiB of weights"
-        line += f" ({percent(saving(best))} % saved), {format_3g(decode_rate(best.runs))} tokens/s"
-        if base and decode_rate(base.runs) and base.devices == best.devices:
-            line += (
-                f", {format_3g(decode_rate(best.runs) / decode_rate(base.runs))} times {base.label}'s speed"
-            )
-        if best.compiled and decode_rate(best.compiled.runs):
-            line += f"; in this script's compiled step: {format_3g(decode_rate(best.compiled.runs))} tokens/s"
-        lines.append(line + ".")
-    if len({tuple(r.devices) for r in done}) == 1 and len(done) > 1:
+        lines.append("[bold]Quality was not measured[/], so none is recommended.")
+    if len(done) > 1 and len({tuple(r.devices) for r in done}) == 1:
         fastest = max(done, key=lambda r: decode_rate(r.runs))
         line = f"Fastest: {fastest.label} ({format_3g(decode_rate(fastest.runs))} tokens/s)"
-        if others := about_as_fast(done, fastest):
-            unknown = any(speed_interval(r, fastest) is None for r in others)  # of a single run
-            line += f", {'not surely slower' if unknown else 'about as fast'}: {', '.join(r.label for r in others)}"
+        intervals = {r.label: speed_interval(r, fastest) for r in done if r is not fastest}
+        near = [name for name, interval in intervals.items() if interval and interval[1] >= 1]
+        unknown = [name for name, interval in intervals.items() if not interval]
+        line += f", about as fast: {', '.join(near)}" if near else ""
+        line += f", not surely slower: {', '.join(unknown)}" if unknown else ""  # a single run
         smallest = min(done, key=lambda r: r.weight_bytes)
         lines.append(f"{line}. Smallest: {smallest.label} ({gib(smallest.weight_bytes)} GiB).")
-    named = {r.label: verdict(r) for r in done if verdict(r) not in ("–", "kept")}
-    if named:
-        lines[-1] += (
-            " Answers "
-            + "; ".join(
-                f"{kind}: {', '.join(n for n, v in named.items() if v == kind)}"
-                for kind in dict.fromkeys(named.values())
-            )
-            + "."
-        )
+    for said in dict.fromkeys(verdict(r) for r in done):
+        if said not in ("kept", "–"):
+            lines[-1] += f" Answers {said}: {', '.join(r.label for r in done if verdict(r) == said)}."
     unsteady = [r.label for r in done if (coefficient_of_variation(r.runs) or 0) > UNSTABLE]
     if unsteady:
         lines.append(f"[bold yellow]Do not count on the speed of {', '.join(unsteady)}: see below.[/]")
     return lines
+
+
+def recommended(kept: list[Result], base: Result | None) -> str:
+    """The smallest, or of those of its size the fastest; a percent of memory is no difference."""
+    least = min(r.weight_bytes for r in kept)
+    best = max((r for r in kept if r.weight_bytes <= 1.01 * least), key=lambda r: decode_rate(r.runs))
+    rate = decode_rate(best.runs)
+    line = f"[bold green]Smallest that keeps the answers: {best.label}[/], {gib(best.weight_bytes)} GiB"
+    line += f" of weights ({percent(saving(best))} % saved), {format_3g(rate)} tokens/s"
+    if base and base.devices == best.devices:
+        line += f", {format_3g(rate / decode_rate(base.runs))} times {base.label}'s speed"
+    if best.compiled and decode_rate(best.compiled.runs):
+        line += f"; in this script's compiled step: {format_3g(decode_rate(best.compiled.runs))} tokens/s"
+    return line + "."
 
 
 # ---------------------------------------------------------------------------------------------------- report
@@ -904,22 +870,27 @@ def duration(seconds: float) -> str:
 
 def span_of(interval: tuple[float, float] | None, form: Callable[[float], str]) -> str:
     """The two ends of a ratio's interval behind a figure; none where the runs differ so much that it says nothing."""
-    return (
-        f" ({form(interval[0])} to {form(interval[1])})"
-        if interval and interval[1] < 10 * interval[0]
-        else ""
-    )
+    if not interval or interval[1] > 10 * interval[0]:
+        return ""
+    return f" ({form(interval[0])} to {form(interval[1])})"
 
 
-def kl_text(q: Quality) -> str:
-    error = q.kl_standard_error
-    return format_3g(q.kl_divergence) + (f" ± {error:.2g}" if error is not None else "")
+def kl_text(q: Quality | None) -> str:
+    if q is None or q.kl_standard_error is None:
+        return format_3g(q and q.kl_divergence)
+    return f"{format_3g(q.kl_divergence)} ±{q.kl_standard_error:.2g}"
 
 
 def rate_text(runs: list[Run]) -> str:
     """The median decode rate and its spread."""
     rate, variation = decode_rate(runs), coefficient_of_variation(runs)
     return plus_minus(rate, variation * rate if rate and variation is not None else None)
+
+
+def spread_text(values: Iterable[float | None], scale: float = 1) -> str:
+    """The median of what is known and its spread."""
+    known = list(values)
+    return plus_minus(median(known), deviation(known), scale)
 
 
 def table(title: str, columns: Iterable[str], rows: list[list[str]], left: int = 1) -> list[Any]:
@@ -945,42 +916,22 @@ def bars(values: list[float | None], texts: list[str], best: float | None = None
 def report(benchmark: Benchmark) -> list[Any]:
     """The whole report of what was measured, a single precision or a comparison."""
     results = benchmark.results
-    compared = bool(results[0].settings.compare)
     first = next((r for r in results if r.environment), results[0])
-    headline = recommendation(results) if compared else single_headline(first)
-    alerts = (
-        ["[bold yellow]! Interrupted: this is what had been measured.[/]"] if benchmark.interrupted else []
-    )
-    for r in results:
-        if r.failure:
-            what = "unavailable" if r.unavailable else "FAILED"
-            alerts.append(f"[bold red]{f'{r.label} ' if compared else ''}{what}: {escape(r.failure)}[/]")
-    common = set.intersection(*(set(r.notes) for r in results))
-    named = lambda r, text: (
-        f"{r.label}: {text}" if compared and text in r.notes and text not in common else text
-    )
-    warned = [named(r, text) for r in results for text in warnings_for(r)]
-    warned += comparability_warnings(results) if compared else []
-    for text in dict.fromkeys(warned):
-        loud = re.search(r"BREAKS|NOTHING WAS|AS SHIPPED", text)
-        alerts.append(f"[bold {'red' if loud else 'yellow'}]! {escape(text)}[/]")
-    parts = [
-        heading(first, compared),
-        *headline,
-        "",
-        *hardware(first),
-        *([""] if alerts and first.environment else []),
-        *alerts,
-        "",
-    ]
-    parts += comparison_parts(results) if compared else single_parts(first)
-    parts += expected_table(results) + kernel_lines(results)
-    return [*parts, *(comparison_answers(results) if compared else single_answer(first))]
+    compared, compiled = bool(first.settings.compare), any(r.compiled for r in results)
+    parts = [heading(first), *(recommendation(results) if compared else single_headline(first)), ""]
+    for block in (hardware(first), alerts(benchmark)):
+        parts += [*block, ""] if block else []
+    parts += speed_table(results) + (speed_table(results, compiled=True) if compiled else [])
+    if compared:
+        parts += comparison_memory(results) + comparison_quality(results)
+    else:
+        parts += runs_table(first) + memory_table(first)
+    return parts + expected_table(results) + kernel_lines(results) + answers(results)
 
 
-def heading(r: Result, compared: bool) -> str:
+def heading(r: Result) -> str:
     s, size = r.settings, f", {format_3g(r.parameters, 1e9)} B parameters" if r.parameters else ""
-    form = ("comparison" if compared else r.label) + (", eager and compiled" if s.compile else "")
+    form = ("comparison" if s.compare else r.label) + (", eager and compiled" if s.compile else "")
     place = f", on {', '.join(r.devices)}" if r.devices else ""
     return f"[bold]# {escape(s.model_name)}: {form}[/]{size}{place}"
 
@@ -992,11 +943,9 @@ def single_headline(r: Result) -> list[str]:
     rate, ttft = decode_rate(r.timed_runs), median(run.ttft_s for run in r.timed_runs)
     how = " in this script's compiled step" if r.compiled else ""
     parts = [f"{format_3g(rate)} tokens/s{how}" if rate else "no speed (answers of one token)"]
-    parts.append(f"first token after {format_3g(ttft)} s")
-    parts.append(f"weights {format_3g(r.weight_bytes, 1e6)} MB")
+    parts += [f"first token after {format_3g(ttft)} s", f"weights {format_3g(r.weight_bytes, 1e6)} MB"]
     if r.settings.weights:
-        unquantized = SHORT_DTYPES.get(r.dtype, "unquantized")
-        parts.append(f"{percent(saving(r))} % less than {unquantized}")
+        parts.append(f"{percent(saving(r))} % less than {SHORT_DTYPES.get(r.dtype, 'unquantized')}")
     return [f"[bold green]{r.label}:[/] {', '.join(parts)}."]
 
 
@@ -1008,111 +957,25 @@ def hardware(r: Result) -> list[str]:
     return [escape(line) for line in (parts, ", ".join(versions)) if line]
 
 
-def single_parts(r: Result) -> list[Any]:
-    """The tables of one configuration."""
-    parts = []
-    if r.compiled and r.compiled.runs:
-        parts += speed_table(r, r.compiled.runs, r.compiled) + runs_table(r, r.compiled.runs)
-        ratio = compiled_ratio(r)
-        parts += [
-            f"Eager, {plural(len(r.runs), 'run')}: {rate_text(r.runs)} tokens/s; compiled over eager: {ratio}.",
-            "",
-        ]
-    elif r.runs:
-        parts += speed_table(r, r.runs, None) + runs_table(r, r.runs)
-    parts += memory_table(r) if r.memory else []
-    return parts + weight_lines(r)
-
-
-def compiled_ratio(r: Result) -> str:
-    """The compiled step's speed over the eager model's."""
-    eager, compiled = decode_rate(r.runs), decode_rate(r.compiled.runs)
-    return f"{format_3g(compiled / eager)} times" if eager and compiled else "–"
-
-
-def speed_table(r: Result, runs: list[Run], compiled: Compiled | None) -> list[Any]:
-    """Median, spread and extremes of the timed runs."""
-    measures = {
-        "decode tokens/s": [run.decode_tokens_per_s for run in runs],
-        "TTFT ms": [run.ttft_s * 1000 for run in runs],
-        "latency s": [run.latency_s for run in runs],
-        "tokens/s of the whole call": [run.tokens_per_s for run in runs],
-    }
-    rows = []
-    for name, values in measures.items():
-        if known := [v for v in values if v is not None]:
-            shown = (
-                rate_text(runs) if name == "decode tokens/s" else plus_minus(median(known), deviation(known))
-            )
-            rows.append([name, shown, format_3g(min(known)), format_3g(max(known))])
-    gaps = [gap for run in runs for gap in run.inter_token_s]
-    single = (
-        {f"inter-token ms p{p}": format_3g(percentile(gaps, p), 0.001) for p in (50, 90, 99)} if gaps else {}
-    )
-    if rates := pace(runs):
-        single["pace: first and last tenth, tokens/s"] = " → ".join(map(format_3g, rates))
-    prefill = plus_minus(r.prefill_tokens_per_s, deviation(r.prefill_rates))
-    used = compiled.bandwidth_utilization if compiled else r.bandwidth_utilization
-    single |= {
-        f"prefill tokens/s ({r.prefill_tokens or PREFILL_TOKENS} tokens)": prefill,
-        "memory bandwidth measured GB/s": format_3g(min(r.memory_bytes_per_s.values(), default=None), 1e9),
-        "share of it that decode uses % (MBU)": percent(used),
-    }
-    if (joules := joules_per_token(runs)) is not None:
-        single["joules a token"] = format_3g(joules)
-    rows += [[name, value, "", ""] for name, value in single.items()]
-    title = f"Speed: {plural(len(runs), 'timed run')}, {runs[0].prompt_tokens} prompt tokens"
-    if compiled:
-        title = title.replace("Speed", "Speed of this script's compiled decode step")
-        title += f"; {compiled.way}, {plural(compiled.graphs, 'graph')} in {format_3g(compiled.seconds)} s"
-        title += f", {plural(compiled.recompilations, 'recompilation')}"
-    return table(title, ("", "median", "min", "max"), rows)
-
-
-def runs_table(r: Result, runs: list[Run]) -> list[Any]:
-    """A line a run."""
-    columns = ("run", "ended by", "tokens", "TTFT ms", "decode tok/s", "latency s", "J")
-    rows = []
-    times = f" x{len(r.warmup)}" if len(r.warmup) > 1 else ""
-    warm = [(f"warm{times}", w) for w in r.warmup[-1:]]
-    for name, run in warm + [(str(i + 1), run) for i, run in enumerate(runs)]:
-        ended = "–" if name.startswith("warm") else run.stop_reason
-        joules = sum(run.energy_j.values()) if run.energy_j and run.latency_s >= 1 else None
-        rest = format_3g(run.decode_tokens_per_s), format_3g(run.latency_s), format_3g(joules)
-        rows.append([name, ended, str(run.generated_tokens), format_3g(run.ttft_s, 0.001), *rest])
-    used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
-    return table(f"Runs ({used})", columns, rows, left=2)
-
-
-def memory_table(r: Result) -> list[Any]:
-    """Every phase of memory, a row each kind."""
-    phases = ("before load", "after load", "peak of load", "peak of runs")
-    names = {
-        name: name.replace("used", "used by all").replace("rss", "process RSS")
-        for name in r.memory[phases[0]]
-    }
-    rows = [[shown, *(gib(r.memory.get(p, {}).get(name)) for p in phases)] for name, shown in names.items()]
-    return table("Memory", ("GiB", *phases), rows)
-
-
-def weight_lines(r: Result) -> list[str]:
-    """The weights in two sentences."""
-    if r.weight_bytes is None:
-        return []
-    kinds = ", ".join(f"{count} {kind}" for kind, count in r.weight_types.items())
-    skipped = (
-        f"; {plural(r.skipped_layers, 'layer')} with a forward of its own left alone"
-        if r.skipped_layers
-        else ""
-    )
-    return [
-        (
-            f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/] ({gib(r.weight_bytes)} GiB); unquantized "
-            f"{r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved. Loaded in {format_3g(r.load_s)} s."
-        ),
-        f"Quantized: {r.quantized_layers} of {r.linear_layers} linear layers{f' ({kinds})' if kinds else ''}{skipped}.",
-        "",
-    ]
+def alerts(benchmark: Benchmark) -> list[str]:
+    """What failed, and what a reader must know; a warning names its precisions unless it is everyone's."""
+    results, lines, said = benchmark.results, [], {}
+    compared = bool(results[0].settings.compare)
+    if benchmark.interrupted:
+        lines.append("[bold yellow]! Interrupted: this is what had been measured.[/]")
+    for r in results:
+        if r.failure:
+            what = ("unavailable" if r.unavailable else "FAILED") + f": {escape(r.failure)}"
+            lines.append(f"[bold red]{f'{r.label} ' * compared}{what}[/]")
+        for text in warnings_for(r):
+            said.setdefault(text, []).append(r.label)
+    for text, labels in said.items():
+        style = "red" if re.search(r"BREAKS|NOTHING WAS|AS SHIPPED", text) else "yellow"
+        whose = f"{', '.join(labels)}: " if len(labels) < len(results) else ""
+        lines.append(f"[bold {style}]! {whose}{escape(text)}[/]")
+    if compared:
+        lines += [f"[bold yellow]! {escape(text)}[/]" for text in comparability_warnings(results)]
+    return lines
 
 
 def row_label(r: Result) -> str:
@@ -1120,60 +983,98 @@ def row_label(r: Result) -> str:
     return f"{r.label} [red]✗[/]" if r.failure else r.label if r.complete else f"{r.label} [yellow]…[/]"
 
 
-def comparison_parts(results: list[Result]) -> list[Any]:
-    parts = comparison_speed(results)
-    if any(r.compiled for r in results):
-        parts += comparison_speed(results, compiled=True)
-    return parts + comparison_memory(results) + comparison_quality(results)
-
-
-def comparison_speed(results: list[Result], compiled: bool = False) -> list[Any]:
-    """A comparison's speeds, eager or in the compiled step."""
-    runs_of = {
-        r.name: r.compiled.runs if compiled and r.compiled else [] if compiled else r.runs for r in results
-    }
-    rates, rows = {name: decode_rate(runs) for name, runs in runs_of.items()}, []
-    base = next((r for r in results if rates[r.name] and r.name == "none"), None)
-    energy = compiled and any(joules_per_token(runs) for runs in runs_of.values())
-    best = max((rate for rate in rates.values() if rate), default=None)
-    drawn = bars(list(rates.values()), [rate_text(runs) for runs in runs_of.values()], best)
-    for r, cell in zip(results, drawn, strict=True):
-        rate, runs = rates[r.name], runs_of[r.name]
-        ttft = [run.ttft_s for run in runs]
-        row = [row_label(r), cell]
+def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
+    """Speeds, eager or in the compiled step."""
+    groups = [(r.compiled.runs if r.compiled else []) if compiled else r.runs for r in results]
+    rates, rows = [decode_rate(runs) for runs in groups], []
+    drawn = bars(rates, [rate_text(runs) for runs in groups], max(filter(None, rates), default=None))
+    base = next((r for r, rate in zip(results, rates, strict=True) if rate and r.name == "none"), None)
+    energy = compiled and any(joules_per_token(runs) for runs in groups)
+    for r, runs, rate, cell in zip(results, groups, rates, drawn, strict=True):
+        row, measured = [row_label(r), cell], r.compiled if compiled else r
         if base:
-            row += [format_3g(rate / rates["none"]) if rate and r.devices == base.devices else "–"]
+            alike = rate and r.devices == base.devices
+            row.append(format_3g(rate / rates[results.index(base)]) if alike else "–")
         if compiled:
-            used, eager = (
-                (r.compiled.bandwidth_utilization, decode_rate(r.runs)) if r.compiled else (None, None)
-            )
-            row += [format_3g(rate / eager) if rate and eager else "–"]
-            row += [format_3g(r.compiled.seconds) if r.compiled else "–", percent(used)]
-            row += [format_3g(joules_per_token(runs))] if energy else []
+            eager = decode_rate(r.runs)
+            row.append(format_3g(rate / eager) if rate and eager else "–")
+            row.append(format_3g(measured and measured.seconds))
         else:
-            row += [plus_minus(r.prefill_tokens_per_s, deviation(r.prefill_rates))]
-            row += [plus_minus(median(ttft), deviation(ttft), 0.001), percent(r.bandwidth_utilization)]
-        rows.append(row)
-    columns = ["weights", "decode tok/s", *(["speed-up"] if base else [])]
-    columns += ["x eager", "compile s", "MBU %"] if compiled else ["prefill", "TTFT ms", "MBU %"]
-    counts = sorted({len(runs) for runs in runs_of.values() if runs} or {0})
-    tokens = max((run.generated_tokens for runs in runs_of.values() for run in runs), default=0)
-    title = "This script's compiled decode step" if compiled else "Speed, eager"
-    title += f": medians of {f'{counts[0]} to ' * (len(counts) > 1)}{plural(counts[-1], 'run')} of {tokens} new tokens"
-    return table(title, [*columns, *(["J/tok"] if energy else [])], rows)
+            row.append(plus_minus(r.prefill_tokens_per_s, deviation(r.prefill_rates)))
+            row.append(spread_text([run.ttft_s for run in runs], 0.001))
+        row.append(percent(measured and measured.bandwidth_utilization))
+        rows.append(row + [format_3g(joules_per_token(runs))] * energy)
+    columns = ["weights", "decode tok/s", *["speed-up"] * bool(base)]
+    columns += ["x eager", "compile s"] if compiled else ["prefill", "TTFT ms"]
+    return table(speed_title(results, groups, compiled), [*columns, "MBU %", *["J/tok"] * energy], rows)
+
+
+def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) -> str:
+    """What the speeds are of; counts are of the runs made, not of those asked for."""
+    counts = sorted({len(runs) for runs in groups if runs} or {0})
+    tokens = max((run.generated_tokens for runs in groups for run in runs), default=0)
+    made = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else plural(counts[0], "run")
+    title = next((r.compiled.way for r in results if r.compiled), "") if compiled else "Speed, eager"
+    return f"{title[:1].upper()}{title[1:]}: medians of {made} of up to {plural(tokens, 'new token')}"
+
+
+def runs_table(r: Result) -> list[Any]:
+    """A line a run, and what describes all of them."""
+    runs = r.timed_runs
+    if not runs:
+        return []
+    columns, rows = ("run", "ended by", "tokens", "TTFT ms", "decode tok/s", "latency s", "J"), []
+    numbered = [(f"warm x{len(r.warmup)}", run) for run in r.warmup[-1:]]
+    for name, run in numbered + [(str(i + 1), run) for i, run in enumerate(runs)]:
+        ended = "–" if name.startswith("warm") else run.stop_reason
+        joules = sum(run.energy_j.values()) if run.energy_j and run.latency_s >= 1 else None
+        rest = format_3g(run.decode_tokens_per_s), format_3g(run.latency_s), format_3g(joules)
+        rows.append([name, ended, str(run.generated_tokens), format_3g(run.ttft_s, 0.001), *rest])
+    used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
+    title = f"Runs: {runs[0].prompt_tokens} prompt tokens ({used})"
+    facts = [f"Latency {spread_text(run.latency_s for run in runs)} s"]
+    facts += [f"{spread_text(run.tokens_per_s for run in runs)} tokens/s of the whole call"]
+    if gaps := [gap for run in runs for gap in run.inter_token_s]:
+        shown = ", ".join(format_3g(percentile(gaps, p), 0.001) for p in (50, 90, 99))
+        facts.append(f"inter-token {shown} ms (p50, p90, p99)")
+    if rates := pace(runs):
+        facts.append(f"pace {' → '.join(map(format_3g, rates))} tokens/s from the first to the last tenth")
+    if r.memory_bytes_per_s:
+        delivers = format_3g(min(r.memory_bytes_per_s.values()), 1e9)
+        facts.append(f"this device's memory delivers {delivers} GB/s")
+    return [*table(title, columns, rows, left=2), "; ".join(facts) + ".", ""]
+
+
+def memory_table(r: Result) -> list[Any]:
+    """Every phase of memory, a row each kind; and the weights in two sentences."""
+    phases, rows = ("before load", "after load", "peak of load", "peak of runs"), []
+    for name in r.memory.get(phases[0], ()):
+        shown = name.replace("used", "used by all").replace("rss", "process RSS")
+        rows.append([shown, *(gib(r.memory.get(phase, {}).get(name)) for phase in phases)])
+    parts = table("Memory", ("GiB", *phases), rows) if rows else []
+    if r.weight_bytes is None:
+        return parts
+    kinds = ", ".join(f"{count} {kind}" for kind, count in r.weight_types.items())
+    quantized = f"Quantized: {r.quantized_layers} of {r.linear_layers} linear layers"
+    quantized += f" ({kinds})" if kinds else ""
+    if r.skipped_layers:
+        quantized += f"; {plural(r.skipped_layers, 'layer')} with a forward of its own left alone"
+    stored = f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/]"
+    stored += f"; unquantized {r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved"
+    return [*parts, f"{stored}. Loaded in {format_3g(r.load_s)} s.", quantized + ".", ""]
 
 
 def comparison_memory(results: list[Result]) -> list[Any]:
-    """A comparison's memory; and the eager runs' energy, for which the table of their speeds has no room."""
+    """Stored weights, and the peak of tensors or, where torch keeps no count, of the process; energy has room here."""
     sizes, peaks, rows = [r.weight_bytes for r in results], [peak_bytes(r) for r in results], []
-    kinds = {kind for size, kind in peaks if size}
-    joules = [joules_per_token(r.runs) for r in results]
-    for i, (r, drawn) in enumerate(zip(results, bars(sizes, [*map(gib, sizes)]), strict=True)):
-        size, kind = peaks[i]
-        peak = gib(size) + (f" {kind}" if size and len(kinds) > 1 else "")
-        rows.append([row_label(r), drawn, percent(saving(r)), peak] + [format_3g(joules[i])] * any(joules))
+    kinds, joules = {kind for size, kind in peaks if size}, [joules_per_token(r.runs) for r in results]
+    for i, (r, cell) in enumerate(zip(results, bars(sizes, [*map(gib, sizes)]), strict=True)):
+        peak, kind = peaks[i]
+        shown = gib(peak) + (f" {kind}" if peak and len(kinds) > 1 else "")
+        row = [row_label(r), cell, percent(saving(r)), shown, format_3g(r.load_s)]
+        rows.append(row + [format_3g(joules[i])] * any(joules))
     title = f"Memory in GiB (peak of runs: {' or '.join(sorted(kinds)) or 'unknown'})"
-    columns = ["weights", "stored", "saved %", "peak", *["eager J/tok"] * any(joules)]
+    columns = ("weights", "stored", "saved %", "peak", "load s", *["eager J/tok"] * any(joules))
     return table(title, columns, rows)
 
 
@@ -1184,8 +1085,8 @@ def comparison_quality(results: list[Result]) -> list[Any]:
     for r in results:
         q, said = r.quality, "reference" if r.is_reference else verdict(r)
         share = f"{q.same_top_token * 100:.0f} ({q.low * 100:.0f}–{q.high * 100:.0f})" if q else "–"
-        kl = [kl_text(q), format_3g(q.kl_p99)] if q else ["–", "–"]
-        rows.append([row_label(r), *kl, share, f"[{colours.get(said, 'yellow')}]{said}[/]"])
+        answers = f"[{colours.get(said, 'yellow')}]{said}[/]"
+        rows.append([row_label(r), kl_text(q), format_3g(q and q.kl_p99), share, answers])
     title = f"Answers against {reference_of(results)}'s, {plural(positions, 'token')}"
     if not any(r.is_reference and r.name == "none" for r in results):
         title += ", the most precise one that ran"
@@ -1195,17 +1096,15 @@ def comparison_quality(results: list[Result]) -> list[Any]:
 
 def expected_table(results: list[Result]) -> list[Any]:
     """What introductions to Quanto tell users to expect, against what was measured here."""
-    rows, marks = expectations(results), {"met": "[green]✓ met[/]", "not met": "[red]✗ not met[/]"}
+    marks = {"met": "[green]✓ met[/]", "not met": "[red]✗ not met[/]"}
+    rows, reasons = [], []
+    for e in expectations(results):
+        rows.append([e.expected, e.of, e.measured, marks.get(e.verdict, f"[yellow]? {e.verdict}[/]")])
+        reasons += [e.reason] if e.reason and e.verdict == "not met" else []
     if not rows:
         return []
-    shown = [[row[0], row[1], row[2], marks.get(row[3], f"[yellow]? {row[3]}[/]")] for row in rows]
-    title = "Expected of Quanto, and measured"
-    explained = reasons(results, rows)
-    return [
-        *table(title, ("expected", "of", "measured", "verdict"), shown, left=4),
-        *explained,
-        *([""] if explained else []),
-    ]
+    title, columns = "Expected of Quanto, and measured", ("expected", "of", "measured", "verdict")
+    return table(title, columns, rows, left=4) + reasons + [""] * bool(reasons)
 
 
 def kernel_lines(results: list[Result]) -> list[Any]:
@@ -1214,25 +1113,17 @@ def kernel_lines(results: list[Result]) -> list[Any]:
     for r in results:
         if r.kernels:
             calls = ", ".join(f"{count} {name}" for name, count in r.kernels.items())
-            lines.append(f"{r.label}: {escape(calls)}")
-    defects = dict.fromkeys(f"{r.label}: {text}" for r in results for text in r.defects)
-    lines += [escape(text) for text in defects]
+            lines.append(escape(f"{r.label}: {calls}"))
+        lines += [escape(f"{r.label}: {text}") for text in r.defects]
     return ["[bold]### Kernels of one eager decode step[/]", "", *lines, ""] if lines else []
 
 
-def answer_of(r: Result, most: int) -> str:
-    text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())
-    return text[:most].rstrip("\ufffd")  # half a character, cut by the end
-
-
-def single_answer(r: Result) -> list[Any]:
-    text = answer_of(r, 400)
-    return ["[bold]### The first answer begins[/]", "", f"> {escape(text)}"] if text else []
-
-
-def comparison_answers(results: list[Result]) -> list[Any]:
+def answers(results: list[Result]) -> list[Any]:
     """The beginning of each precision's first answer."""
-    rows = [[r.label, escape(answer_of(r, 200))] for r in results if answer_of(r, 200)]
+    most, rows = 200 if len(results) > 1 else 400, []
+    for r in results:
+        text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())[:most].rstrip("\ufffd")
+        rows += [[r.label, escape(text)]] if text else []  # (rstrip: half a character, cut by the end)
     return table("The first answers begin", ("weights", "answer"), rows, left=2) if rows else []
 
 
@@ -1246,51 +1137,51 @@ def file_facts(benchmark: Benchmark) -> dict[str, Any]:
     return known | first.environment | settings
 
 
-def file_rows(name: str, r: Result, base: Result) -> list[list[str]]:
-    """Rows of a saved result, eager and compiled; in brackets how each figure stands to base's.
+def against(r: Result, base: Result, runs: list[Run], base_runs: list[Run]) -> str:
+    """How a saved result stands to another one.
 
     Bandwidths widen the interval of the speeds on one machine alone: between two, they are the difference itself.
     """
-    widened = distortion(r, base) if hardware(r)[:1] == hardware(base)[:1] else 1.0
+    found, same_machine = [], hardware(r)[:1] == hardware(base)[:1]
+    if ratio := ratio_interval(runs, base_runs, distortion(r, base) if same_machine else 1.0):
+        near = "about the same speed" if ratio[0] <= 1 <= ratio[1] else None
+        found.append(near or f"{format_3g(ratio[0])} to {format_3g(ratio[1])} x speed")
+    if r.compiled and runs is r.compiled.runs:
+        return ", ".join(found)
     (peak, kind), (before, base_kind) = peak_bytes(r), peak_bytes(base)
-    beside = lambda text, how: f"{text} ({how})" if how and r is not base else text
-
-    def speed(runs: list[Run], others: list[Run]) -> str:
-        ratio = ratio_interval(runs, others, widened)
-        near = ratio and ratio[0] <= 1 <= ratio[1]
-        return beside(rate_text(runs), "about the same" if near else span_of(ratio, format_3g)[2:-1])
-
-    memory = beside(gib(peak), format_3g(peak / before) if peak and before and kind == base_kind else "")
-    kl = kl_text(r.quality) if r.quality else "–"
+    if peak and before and kind == base_kind:
+        found.append(f"{format_3g(peak / before)} x peak")
     if r.quality and base.quality and r.quality.reference == base.quality.reference:
         (low, high), (least, most) = kl_interval(r.quality), kl_interval(base.quality)
-        kl = beside(kl, "less" if high < least else "more" if low > most else "about the same")
-    rows = [[f"{name} {row_label(r)}", speed(r.runs, base.runs), gib(r.weight_bytes), memory, kl]]
-    if r.compiled:
-        compiled = speed(r.compiled.runs, base.compiled.runs if base.compiled else [])
-        rows.append([f"{name} {r.label} compiled", compiled, "", "", ""])
-    return rows
+        found.append("less KL" if high < least else "more KL" if low > most else "about the same KL")
+    return ", ".join(found)
 
 
 def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
     """What differs between saved files, and a table of their results."""
     names = [Path(file).stem for file in files]
     names = [escape(name) for name in (names if len(set(names)) == len(names) else files)]
-    facts, lines = [file_facts(b) for b in benchmarks], []
+    facts, lines, rows = [file_facts(b) for b in benchmarks], [], []
     for key in dict.fromkeys(key for known in facts for key in known):
         values = [escape(str(known.get(key, "–"))) for known in facts]
         if len(set(values)) > 1:
             lines.append(f"{key}: {'; '.join(map(' '.join, zip(names, values, strict=True)))}")
-    first, rows = {r.name: r for r in benchmarks[0].results}, []
-    other = benchmarks[0].results[0]
+    first, other = {r.name: r for r in benchmarks[0].results}, benchmarks[0].results[0]
     for name, benchmark in zip(names, benchmarks, strict=True):
         for r in benchmark.results:
-            rows += file_rows(name, r, first.get(r.name, other))
-    lacking = any(r.name not in first for b in benchmarks for r in b.results)
-    title = f"In brackets: times the same precision of {names[0]}" + f", or its {other.label}" * lacking
-    columns = ("result", "decode tok/s", "weights GiB", "peak GiB", "KL nats")
+            base, memory = first.get(r.name, other), [gib(r.weight_bytes), gib(peak_bytes(r)[0])]
+            change = against(r, base, r.runs, base.runs) if r is not base else ""
+            rows.append([f"{name} {row_label(r)}", rate_text(r.runs), *memory, kl_text(r.quality), change])
+            if r.compiled:
+                runs = base.compiled.runs if base.compiled else []
+                change = against(r, base, r.compiled.runs, runs) if r is not base else ""
+                rows.append([f"{name} {r.label} compiled", rate_text(r.compiled.runs), "", "", "", change])
+    title = f"In GiB; against the same precision of {names[0]}"
+    if any(r.name not in first for b in benchmarks for r in b.results):
+        title += f", or its {other.label}"
+    columns = ("result", "decode tok/s", "weights", "peak", "KL nats", "against the first")
     heading = "[bold]# Saved results, and what differs between them[/]"
-    return [heading, "", *lines, "", *table(title, columns, rows, left=5)]
+    return [heading, "", *lines, "", *table(title, columns, rows, left=6)]
 
 
 def render(parts: list[Any], file: Any) -> None:
@@ -1298,16 +1189,15 @@ def render(parts: list[Any], file: Any) -> None:
     console = Console(file=file, highlight=False, emoji=False)  # an answer's :key: is no emoji
     console.width = console.width if console.is_terminal else 100_000
     with console.capture() as captured:
-        for part in parts:
-            console.print(part)
+        console.print(*parts, sep="\n")
     print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n", file=file)
 
 
 def save_report(parts: list[Any], path: str, title: str) -> None:
     """The report as a picture (.svg) or a page (.html)."""
-    console = Console(record=True, width=110, file=open(os.devnull, "w"), highlight=False, emoji=False)  # noqa: SIM115
-    for part in parts:
-        console.print(part)
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=110, file=nowhere, highlight=False, emoji=False)
+        console.print(*parts, sep="\n")
     if path.endswith(".svg"):
         console.save_svg(path, title=title)
     else:
@@ -1418,7 +1308,7 @@ def follow(
         except ValueError:  # it was killed in the middle of a line
             continue
         if "result" in message:
-            result = result_from(message["result"])
+            result = from_plain(Result, message["result"])
             save(result)
         elif "log" in message:
             view.log(message["log"])
@@ -2600,7 +2490,8 @@ GEMV_EARLY_BYTES = (
     12e6  # matrices up to this size fit the registers of an H100: all is loaded while the kernel waits
 )
 NOT_COMPILED, LEAVE_OUT = "transformers does not compile this model", "leave --compile out"
-OWN_STEP, STATIC_CACHE = "this script's step", "transformers' static cache"
+OWN_STEP = "this script's compiled decode step"
+STATIC_CACHE = "compiled with transformers' static cache"
 
 
 @dataclass
@@ -3702,5 +3593,4 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
 if __name__ == "__main__":
     job = JOBS.get()
     warnings.filterwarnings("default" if job["debug"] else "ignore")
-    wanted = Settings(**job["settings"] | {"compare": tuple(job["settings"]["compare"])})
-    measure(Result(wanted), job["reference"], job["on_terminal"], job["debug"])
+    measure(Result(Settings(**job["settings"])), job["reference"], job["on_terminal"], job["debug"])

@@ -42,7 +42,7 @@ def quality(kl, error=0.0001, **changes):
 
 def result(weights="int8", rates=(10.0, 10.0), kl=None, stored=GIB, compare=(), **changes):
     """A complete Result on a CPU: 2 GiB unquantized, half of it in layers that Quanto reaches."""
-    known = {"settings": settings(weights=None if weights == "none" else weights, compare=compare)}
+    known = {"settings": settings(weights=None if weights == "none" else weights, compare=[*compare])}
     known |= {"environment": {"cpu": "Some CPU", "ram": "8 GiB", "torch": "2.13.0"}, "devices": ["cpu"]}
     known |= {
         "dtype": "bfloat16",
@@ -61,14 +61,14 @@ def result(weights="int8", rates=(10.0, 10.0), kl=None, stored=GIB, compare=(), 
 
 
 def compiled(*rates, **changes):
-    known = {"way": "fast step", "seconds": 61.0, "graphs": 3, "runs": runs(*rates)}
+    known = {"way": "this script's compiled decode step", "seconds": 61.0, "graphs": 3, "runs": runs(*rates)}
     return q.Compiled(**known | {"bandwidth_utilization": 0.8} | changes)
 
 
 def comparison():
     """One of all five precisions: one failed, one is broken; int8 tried torch.compile(model)."""
     tried = q.TorchCompile(0, 32, [1.0, 1.01, 1.0], [1.0, 1.0, 1.01])
-    each = {"compare": q.PRECISIONS}
+    each = {"compare": [*q.PRECISIONS]}
     return [
         result("none", (19.9, 20.1), stored=2 * GIB, **each),
         result("int8", (9.9, 10.1), 0.004, stored=int(1.1 * GIB), torch_compile=tried, **each),

@@ -64,9 +64,10 @@ def test_flags_override_constants():
         "-",
     )
     assert args.debug and not args.show
-    assert q.parse([])[0] == q.Settings(*(eval(value) for _, value, _ in CONSTANTS))
-    assert q.parse(["--compare"])[0].compare == q.PRECISIONS
-    assert q.parse(["--compare", "int8", "none"])[0].compare == ("int8", "none")
+    values = {name.lower(): eval(value) for name, value, _ in CONSTANTS}
+    assert q.parse([])[0] == q.Settings(**values | {"compare": []})
+    assert q.parse(["--compare"])[0].compare == [*q.PRECISIONS]
+    assert q.parse(["--compare", "int8", "none"])[0].compare == ["int8", "none"]
 
 
 def test_every_problem_is_told_at_once(tmp_path):
@@ -124,8 +125,8 @@ def test_a_comparison_may_be_any_collection(monkeypatch, constant):
 
 def test_an_empty_comparison_constant_compares_nothing(monkeypatch):
     monkeypatch.setattr(q, "COMPARE", [])
-    assert q.parse([])[0].compare == ()
-    assert q.parse(["--compare"])[0].compare == q.PRECISIONS
+    assert q.parse([])[0].compare == []
+    assert q.parse(["--compare"])[0].compare == [*q.PRECISIONS]
 
 
 @pytest.mark.parametrize(
