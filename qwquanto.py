@@ -720,9 +720,7 @@ def expectations(results: list[Result]) -> list[Expectation]:
             interval = speed_interval(int8, base)
             ratio = percent(decode_rate(int8.runs) / decode_rate(base.runs))
             measured = f"{ratio} %{span_of(interval, percent)}, both eager"
-            why = (
-                "Eager Quanto calls Python for every layer, and on a GPU widens 8-bit weights on every call."
-            )
+            why = "Speed: eager Quanto calls Python for every layer, and on a GPU widens 8-bit weights on every call."
             found.append(
                 Expectation("90-95 % of the 16-bit speed", "int8", measured, judge(interval, 0.9), why)
             )
@@ -755,7 +753,7 @@ def expected_memory(int8: Result, base: Result | None) -> Expectation:
         measured += f" against {gib(before)}" if before and kind == base_kind else ""
     bits = 8 * int8.unquantized_bytes / int8.parameters
     most = percent(int8.quantizable_bytes / int8.unquantized_bytes * (1 - 8 / bits))
-    why = f"Embeddings and output layer stay as stored, so 8 bits save at most {most} % here."
+    why = f"Memory: embeddings and output layer stay as stored, so 8 bits save at most {most} % here."
     said = "met" if saving(int8) >= 0.5 else "not met"
     return Expectation("50-60 % less memory than 16 bit", "int8", measured, said, why)
 
@@ -765,7 +763,7 @@ def expected_torch_compile(r: Result) -> Expectation:
     gain = paired_interval(tried.bare_s, tried.wrapped_s)
     change = lambda ratio: f"{100 * (ratio - 1):+.1f}"
     measured = f"{change(gain[0])} %{span_of(gain[1:], change)}" if gain else "one pair"
-    why = "generate() runs the module inside the wrapper, so nothing is compiled (pytorch #161743)."
+    why = "torch.compile: generate() runs the module inside the wrapper, so nothing is compiled (pytorch #161743)."
     return Expectation(
         "model = torch.compile(model): 20-30 % faster",
         r.label,
