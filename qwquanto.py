@@ -1912,8 +1912,8 @@ class ByteCounter(tqdm):
 def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> str | None:
     """The local folder of the model's files, downloaded if need be; None for the built-in configuration.
 
-    The only place that touches the network. Where that fails, a model with complete weights in the cache is taken as
-    it is, though it may lack files that would be downloaded. Raises Failure: what happened and the ways on.
+    Where the Hub fails, a model with complete weights in the cache is taken as it is, though other files may be missing.
+    Raises Failure: what happened and the ways on.
     """
     if random_weights and model_name == "Qwen/Qwen2.5-3B":
         return None
@@ -2016,7 +2016,7 @@ def check_quantization(s: Settings, folder: str, config: transformers.PreTrained
             quantizer.validate_environment(device_map={"": device})
             return True
         except Exception as error:  # a package or a GPU that is missing, in transformers' own words
-            reason = "it cannot run here: " + " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             if "optimum.gptq" in reason:  # where the words are Python's
                 reason = "to run it, pip install gptqmodel optimum"
     raise Failure(f"{s.model_name} is already quantized ({method}): {reason}")
@@ -2033,6 +2033,8 @@ def check_checkpoint(s: Settings, folder: str, device: str) -> int | None:
         return None
     quantized = check_quantization(s, folder, config, device)
     files = [Path(folder, name) for name in weight_names(folder, os.listdir(folder))]
+    if not files:
+        raise Failure(f"{folder} lacks model.safetensors or a shard of it: download it again")
     for file in files:
         try:
             if file.suffix == ".safetensors":
@@ -2076,11 +2078,9 @@ def freed_memory_returned() -> Iterator[None]:
     mallopt = getattr(libc, "mallopt", lambda option, value: 0)
     mmap_threshold, trim_threshold = -3, -1
     mallopt(mmap_threshold, 2**20)
-    try:
-        yield
-    finally:
-        mallopt(mmap_threshold, 2**25)
-        mallopt(trim_threshold, 2**26)
+    yield
+    mallopt(mmap_threshold, 2**25)
+    mallopt(trim_threshold, 2**26)
 
 
 @dataclass

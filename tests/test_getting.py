@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from results import settings
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwquanto import (
@@ -32,6 +33,7 @@ def check(folder, config=None, **constants):
     """The line about a checkpoint with this config.json, or None if it can be loaded."""
     if config is not None:
         (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
     s = settings(**{"model_name": "them/it", "weights": "int8"} | constants)
     return failure(check_checkpoint, s, str(folder), "cpu")
 
@@ -128,6 +130,8 @@ def test_damage_is_named(tiny, tmp_path):
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(1000)
     assert check(folder).startswith(f"{folder}/model.safetensors is damaged (")
+    (folder / "model.safetensors").unlink()
+    assert "lacks model.safetensors or a shard of it" in check(folder)
 
 
 @pytest.mark.parametrize("tie", [True, False])
