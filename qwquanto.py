@@ -1610,6 +1610,7 @@ if __name__ == "__main__":
 
 import concurrent.futures
 import ctypes
+import io
 import platform
 import traceback
 import types
@@ -1719,8 +1720,7 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
             notes.append(f"NVIDIA's driver sees {gpu}, but this torch ({build}) cannot use it: {cure}")
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count() if has_cuda else 0)]
     found += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    kind = {device: device.split(":")[0] for device in found}
-    candidates = [device for device in found if wanted in ("auto", device, kind[device])]
+    candidates = [device for device in found if wanted in ("auto", device, torch.device(device).type)]
     if not candidates:
         raise Failure(f"there is no device {wanted} here (found: {', '.join(found)}). {' '.join(notes)}")
     for i, device in enumerate(candidates):
@@ -1729,7 +1729,8 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
         except RuntimeError as error:
             notes.append(f"{device} does not work: {first_line(error)}")
         else:  # the others are not touched: that alone takes 0.6 GiB of a GPU
-            return [other for other in candidates[i:] if kind[other] == kind[device]], notes
+            kind = torch.device(device).type
+            return [other for other in candidates[i:] if torch.device(other).type == kind], notes
     raise Failure(notes[-1])
 
 
@@ -1895,18 +1896,13 @@ SMALL_FILES = r"[^/]+\.(json|txt|model|tiktoken|jinja|py|spm|vocab|bpe)"  # that
 
 
 class ByteCounter(tqdm):
-    """Counts and draws nothing. huggingface_hub has a bar for bytes received and one for bytes written."""
+    """Draws nothing. huggingface_hub has a bar for bytes received, one for bytes written, and one for files."""
 
     bars: ClassVar[list[ByteCounter]] = []
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"disable": True})
-        self.bytes = 0
-        if options.get("unit") == "B":  # another one counts files
-            self.bars.append(self)
-
-    def update(self, n: float | None = 1) -> None:
-        self.bytes += int(n or 0)
+        super().__init__(*args, **options | {"file": io.StringIO(), "disable": False})
+        self.bars.append(self)
 
 
 def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> str | None:
@@ -1950,18 +1946,19 @@ def download_files(model_name: str, with_weights: bool, plain_lines: bool) -> st
     if not with_weights:
         return folder
     if not (names := weight_names(folder, size_of)):
-        raise Failure(
-            f"{model_name} holds no weights for transformers: of GGUF or PEFT take the original model"
-        )
-    total = sum(size_of[name] for name in names if not Path(folder, name).exists())
-    if total:
-        log(f"getting {model_name}: {tqdm.format_sizeof(total)}B of weights")
+        raise Failure(f"{model_name} holds no weights for transformers: of GGUF or PEFT, take the base model")
+    missing = [name for name in names if not Path(folder, name).exists()]
+    if not missing:
+        return folder
+    total = max(1, sum(size_of[name] for name in missing))
+    log(f"getting {model_name}: {tqdm.format_sizeof(total)}B of weights")
     ByteCounter.bars.clear()
     said = begin = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        download = pool.submit(get, allow_patterns=names)
-        while total and not concurrent.futures.wait([download], 0.3).done:
-            done, now = min(total, max((bar.bytes for bar in ByteCounter.bars), default=0)), time.monotonic()
+        download = pool.submit(get, allow_patterns=missing)
+        while not concurrent.futures.wait([download], 0.3).done:
+            now, counted = time.monotonic(), [bar.n for bar in ByteCounter.bars if bar.unit == "B"]
+            done = min(total, max(counted, default=0))
             form = "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
             meter = tqdm.format_meter(done, total, now - begin, unit="B", unit_scale=True, bar_format=form)
             status(f"getting {model_name}: {meter}", done / total)
@@ -2106,7 +2103,7 @@ def random_state(model: Any) -> dict[str, Any]:
     """Random weights for a meta model; not for a tied output embedding: from_pretrained would untie it."""
     torch.manual_seed(0)
     block = torch.randn(2**22).mul_(0.02).to(model.dtype)
-    state, tied = {}, set(getattr(model, "all_tied_weights_keys", None) or ())
+    state, tied = {}, model.all_tied_weights_keys
     for name, tensor in model.state_dict().items():
         if name in tied or not tensor.is_floating_point():
             continue

@@ -126,7 +126,7 @@ def test_the_files_that_are_needed_and_what_the_hub_says_no_to(models, tmp_path)
     assert weights(sharded) == {"pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"}
     assert "config.json" in names(random)
     assert not weights(random)
-    no_weights = "holds no weights for transformers: of GGUF or PEFT take the original model"
+    no_weights = "holds no weights for transformers: of GGUF or PEFT, take the base model"
     assert failures == [
         "FAILURE them/gated is gated: accept its terms on its page, then: hf auth login",
         "FAILURE the Hub knows no model nobody/nothing (or it is private: hf auth login)",
