@@ -1795,12 +1795,12 @@ def describe_environment(devices: list[str], handles: dict[str, Any]) -> dict[st
     return info | {package: version(package) for package in ("transformers", "optimum-quanto", "accelerate")}
 
 
-def memory_bandwidth(device: str, size: int = 2**30) -> float:
+def memory_bandwidth(device: str) -> float:
     """Bytes a second that a device's memory delivers: the faster of a copy (read + written) and a read-only sum.
 
-    `size` bytes, far beyond any cache; the best of several, since every disturbance only slows.
+    Of a GiB, far beyond any cache; the best of several, since every disturbance only slows.
     """
-    size = min(size, memory_of(device)[0] // 8)
+    size = min(2**30, memory_of(device)[0] // 8)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     best = 0.0
@@ -1953,18 +1953,17 @@ def download_files(model_name: str, with_weights: bool, plain_lines: bool) -> st
     total = max(1, sum(size_of[name] for name in missing))
     log(f"getting {model_name}: {tqdm.format_sizeof(total)}B of weights")
     ByteCounter.bars.clear()
-    said = begin = time.monotonic()
+    begin, form = time.monotonic(), "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         download = pool.submit(get, allow_patterns=missing)
-        while not concurrent.futures.wait([download], 0.3).done:
-            now, counted = time.monotonic(), [bar.n for bar in ByteCounter.bars if bar.unit == "B"]
+        while not concurrent.futures.wait([download], 30 if plain_lines else 0.3).done:
+            counted, seconds = [b.n for b in ByteCounter.bars if b.unit == "B"], time.monotonic() - begin
             done = min(total, max(counted, default=0))
-            form = "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
-            meter = tqdm.format_meter(done, total, now - begin, unit="B", unit_scale=True, bar_format=form)
-            status(f"getting {model_name}: {meter}", done / total)
-            if plain_lines and now - said > 30:
+            meter = tqdm.format_meter(done, total, seconds, unit="B", unit_scale=True, bar_format=form)
+            if plain_lines:
                 log(f"getting {model_name}: {meter}")
-                said = now
+            else:
+                status(f"getting {model_name}: {meter}", done / total)
         return download.result()
 
 

@@ -21,7 +21,7 @@ qwquanto.status = lambda text, fraction=None: print(f'status: {text}' + ('' if f
 for name in sys.argv[1:]:
     model, _, random = name.partition("?")
     try:
-        print(json.dumps(download_model(model, bool(random), True)), flush=True)
+        print(json.dumps(download_model(model, bool(random), False)), flush=True)
     except Failure as failure:
         print(json.dumps(f"FAILURE {failure}"), flush=True)
 """
