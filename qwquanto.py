@@ -1706,10 +1706,7 @@ def step(doing: str, timeout_s: float | None = SILENCE_S) -> Iterator[None]:
 
 
 def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
-    """Devices that `wanted` (DEVICE) means here, for auto and cuda all GPUs after those that fail; and notes.
-
-    Raises Failure where the wanted device does not exist or does not work.
-    """
+    """Devices that `wanted` (DEVICE) means, for auto and cuda all GPUs after those that fail; notes. Raises Failure."""
     notes, has_cuda = [], torch.cuda.is_available()
     if wanted != "cpu" and not has_cuda:
         with contextlib.suppress(pynvml.NVMLError):  # no driver
@@ -1796,10 +1793,7 @@ def describe_environment(devices: list[str], handles: dict[str, Any]) -> dict[st
 
 
 def memory_bandwidth(device: str) -> float:
-    """Bytes a second that a device's memory delivers: the faster of a copy (read + written) and a read-only sum.
-
-    Of a GiB, far beyond any cache; the best of several, since every disturbance only slows.
-    """
+    """Bytes a second of a device's memory: the best of several copies (read + written) and read-only sums of a GiB."""
     size = min(2**30, memory_of(device)[0] // 8)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -1827,7 +1821,7 @@ def memory_of(device: str) -> tuple[int, int]:
 def snapshot(devices: list[str], handles: dict[str, Any], cuda: str = "current") -> dict[str, int]:
     """Bytes at this moment: "rss" of this process, "cuda:0 used" (whole device), "… allocated", "… reserved" by torch.
 
-    On CUDA the last two are exact, the "current" ones or the "peak" since the reset; "" leaves them out.
+    torch keeps the last two on CUDA, `cuda` "current" or their "peak" since the reset; "" leaves them out.
     """
     seen = {}
     for device in devices:
@@ -1873,10 +1867,8 @@ def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callabl
 
 
 def plain_tensors(tensor: Any) -> list:
-    """The tensors that really hold a tensor's bytes.
-
-    A Quanto weight is a wrapper that reports the size and dtype of the unquantized one: `nbytes`, `element_size` and
-    `get_memory_footprint` are all wrong for it. `__tensor_flatten__` names what is inside.
+    """The tensors that hold a tensor's bytes: a Quanto weight reports size and dtype of the unquantized one, so that
+    `nbytes`, `element_size` and `get_memory_footprint` are all wrong for it. `__tensor_flatten__` names what is inside.
     """
     tensor = getattr(tensor, "data", tensor)  # a Parameter hides the wrapper's methods
     if not hasattr(tensor, "__tensor_flatten__"):
@@ -1906,10 +1898,9 @@ class ByteCounter(tqdm):
 
 
 def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> str | None:
-    """The local folder of the model's files, downloaded if need be; None for the built-in configuration.
+    """The local folder of the model's files, downloaded if need be; None for the built-in configuration. Raises Failure.
 
     Where the Hub fails, a model with complete weights in the cache is taken as it is, though other files may be missing.
-    Raises Failure: what happened and the ways on.
     """
     if random_weights and model_name == "Qwen/Qwen2.5-3B":
         return None
@@ -2019,10 +2010,7 @@ def check_quantization(s: Settings, folder: str, config: transformers.PreTrained
 
 
 def check_checkpoint(s: Settings, folder: str, device: str) -> int | None:
-    """Bytes of a checkpoint that is quantized already and runs as it is stored; None for all others.
-
-    Raises Failure, or what transformers raises, for one that cannot be measured, before anything is loaded.
-    """
+    """Bytes of a checkpoint that is quantized and runs as stored, else None. Raises for what cannot be measured."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=s.trust_remote_code)
     check_architecture(s.model_name, config)
     if s.random_weights:
@@ -2041,10 +2029,7 @@ def check_checkpoint(s: Settings, folder: str, device: str) -> int | None:
 
 
 def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
-    """Raises Failure; called before the weights are loaded, so that a missing one costs no minutes.
-
-    Without its files transformers 5 makes an empty tokenizer for most models, in silence.
-    """
+    """Raises Failure, also without its files: transformers 5 then makes an empty one for most models, in silence."""
     files = r"tokenizer\.json|tekken\.json|vocab.*|tokenizer\.model.*|.*\.(model|tiktoken|spm|bpe)"
     if not any(re.fullmatch(files, path.name) for path in Path(folder).iterdir()):
         raise Failure(f"{name} has no tokenizer (tokenizer.json, tokenizer.model …): take a complete model")
@@ -2055,11 +2040,9 @@ def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
 
 
 def load_peak_bytes(weight_bytes: int, largest_linear: int, weights: str | None) -> int:
-    """Bytes that loading takes at most, besides pages of the checkpoint's file, which the system can drop.
-
-    While a layer is quantized, about ten for each of its numbers: copies in bfloat16, float32 and int8. Measured:
-    10.4 for int8 and float8 and 8 for int4 and int2 on a CPU, 9.8 for int8 on CUDA.
-    """
+    """Bytes that loading takes at most, besides pages of the checkpoint's file, which the system can drop."""
+    # while a layer is quantized, copies in bfloat16, float32 and int8: measured were 10.4 bytes for each of its numbers
+    # (int8 and float8) and 8 (int4 and int2) on a CPU, 9.8 (int8) on CUDA
     return weight_bytes + (10 * largest_linear if weights else 0)
 
 
@@ -2067,8 +2050,7 @@ def load_peak_bytes(weight_bytes: int, largest_linear: int, weights: str | None)
 def freed_memory_returned() -> Iterator[None]:
     """Within, what loading frees goes back to the system; glibc would keep 1.3 GB beside 3.4 GB of int8 weights.
 
-    glibc (Linux) keeps pieces below 32 MiB. Afterwards its limits are what they grow to in any process that has freed
-    such a piece (man 3 mallopt, M_MMAP_THRESHOLD).
+    Afterwards glibc's limits are what they grow to in any process that has freed 32 MiB (man 3 mallopt).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(libc, "mallopt", lambda option, value: 0)
@@ -2081,10 +2063,10 @@ def freed_memory_returned() -> Iterator[None]:
 
 @dataclass
 class RandomTensor:
-    """A tensor of a checkpoint whose numbers are made when transformers reads it, `tensor[...]`.
+    """A tensor of a checkpoint that is made when transformers reads it, `tensor[...]`, of one block over and over.
 
     It reads one, quantizes it and only then reads the next (core_model_loading.py, has_on_the_fly_quantization): the
-    unquantized model is never in memory. One block over and over, since 3 B new numbers take a minute.
+    unquantized model is never in memory.
     """
 
     shape: torch.Size
@@ -2115,10 +2097,8 @@ def random_state(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reference_file(folder: Path, mode: str) -> Iterator[BinaryIO]:
-    """The file of the reference's log probabilities, a row of float32 a position; `mode` is "wb" or "rb".
-
-    Ordinary writes: on a full disk those of a memory map end the process by SIGBUS. Raises Failure.
-    """
+    """The file of the reference's log probabilities, a row of float32 a position. Raises Failure."""
+    # ordinary writes: on a full disk those of a memory map end the process by SIGBUS
     try:
         with open(folder / "logprobs.f32", mode) as file:
             yield file
