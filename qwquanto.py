@@ -1496,11 +1496,10 @@ if __name__ == "__main__":
     JOBS: queue.Queue = queue.Queue()
     threading.Thread(target=listen_to_parent, args=(JOBS,), daemon=True).start()
 
-import collections
 import concurrent.futures
 import ctypes
+import io
 import platform
-import shutil
 import traceback
 import types
 import warnings
@@ -1527,7 +1526,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, QuantoConfig, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -1596,72 +1594,51 @@ def step(doing: str, timeout_s: float | None = SILENCE_S) -> Iterator[None]:
 
 
 def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
-    """Devices that `wanted` (DEVICE) means here, and notes for the user; for auto and cuda all GPUs after those that fail.
-
-    Raises Failure where the wanted device does not exist or does not work.
-    """
-    notes, names = [], nvml_names()
-    if names and not torch.cuda.is_available() and wanted != "cpu":
-        reason = "the driver is too old for it, or CUDA_VISIBLE_DEVICES hides the GPU"
-        if torch.version.cuda is None:
-            index = "https://download.pytorch.org/whl/cu130"
-            reason = f"install a CUDA build, pip install torch --index-url {index}"
-        torch_here = f"this torch ({torch.__version__})"
-        notes.append(f"NVIDIA's driver sees {names[0]}, but {torch_here} cannot use it: {reason}")
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    mps = ["mps"] if torch.backends.mps.is_available() else []
-    if wanted == "auto":
-        candidates = [c for c in (gpus, mps, ["cpu"]) if c]
-    else:
-        found = {"cuda": gpus, "mps": mps, "cpu": ["cpu"]}.get(wanted, [wanted] if wanted in gpus else [])
-        if not found:
-            here = ", ".join([*gpus, *mps, "cpu"])
-            raise Failure(f"there is no device {wanted} here (found: {here}). {' '.join(notes)}")
-        candidates = [found]
-    for devices in candidates:
-        for i, device in enumerate(devices):
-            try:
-                torch.ones(2, device=device).sum().item()
-                return devices[i:], notes  # the others are not touched: that alone takes 0.6 GiB of a GPU
-            except RuntimeError as error:
-                notes.append(f"{device} does not work: {first_line(error)}")
+    """Devices that `wanted` (DEVICE) means, for auto and cuda all GPUs after those that fail; notes. Raises Failure."""
+    notes, has_cuda = [], torch.cuda.is_available()
+    if wanted != "cpu" and not has_cuda:
+        with contextlib.suppress(pynvml.NVMLError):  # no driver
+            pynvml.nvmlInit()
+            gpu, build = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)), torch.__version__
+            cure = "for +cpu, pip install torch --index-url https://download.pytorch.org/whl/cu130; otherwise"
+            cure += " the driver is too old, or CUDA_VISIBLE_DEVICES hides the GPU"
+            notes.append(f"NVIDIA's driver sees {gpu}, but this torch ({build}) cannot use it: {cure}")
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count() if has_cuda else 0)]
+    found += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    candidates = [device for device in found if wanted in ("auto", device, torch.device(device).type)]
+    if not candidates:
+        raise Failure(f"there is no device {wanted} here (found: {', '.join(found)}). {' '.join(notes)}")
+    for i, device in enumerate(candidates):
+        try:
+            torch.ones(2, device=device).sum().item()
+        except RuntimeError as error:
+            notes.append(f"{device} does not work: {first_line(error)}")
+        else:  # the others are not touched: that alone takes 0.6 GiB of a GPU
+            kind = torch.device(device).type
+            return [other for other in candidates[i:] if torch.device(other).type == kind], notes
     raise Failure(notes[-1])
 
 
 def busy_note(when: str) -> list[str]:
     """A note if other programs use the processor: decode beside one was a hundred times slower, and steadily so."""
-    busy = psutil.cpu_percent(0.5)  # this process sleeps meanwhile
-    if busy <= CPU_BUSY_PERCENT:
+    if psutil.cpu_percent(0.5) <= CPU_BUSY_PERCENT:  # this process sleeps meanwhile
         return []
-    share = 50 if busy > 50 else CPU_BUSY_PERCENT  # a round figure, so that all precisions say the same
-    return [f"other programs used over {share} % of the processor {when}: the speeds are too low"]
-
-
-def nvml_names() -> list[str]:
-    """Names of the GPUs that NVIDIA's driver sees; empty without driver."""
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [pynvml.nvmlDeviceGetName(handle) for handle in handles]
-    except pynvml.NVMLError:
-        return []
+    return [f"other programs used over {CPU_BUSY_PERCENT} % of the processor {when}: the speeds are too low"]
 
 
 def nvml_handles(devices: list[str]) -> tuple[dict[str, Any], list[str]]:
     """NVML's handle of each CUDA device, and notes. By UUID: CUDA_VISIBLE_DEVICES renumbers, NVML does not."""
-    handles, notes = {}, []
-    for device in devices:
-        if device.startswith("cuda"):
-            try:
+    handles = {}
+    try:
+        for device in devices:
+            if device.startswith("cuda"):
                 pynvml.nvmlInit()
-                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-                handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-                device_memory_used(handle)  # not every driver and device can tell
-                handles[device] = handle
-            except pynvml.NVMLError as error:
-                reason = f"device memory in use and energy are unknown ({first_line(error)})"
-                notes.append(f"no NVML for {device}: {reason}")
-    return handles, notes
+                uuid = torch.cuda.get_device_properties(device).uuid
+                handles[device] = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                device_memory_used(handles[device])  # not every driver and device can tell
+    except pynvml.NVMLError as error:
+        return {}, [f"no NVML: device memory in use and energy are unknown ({first_line(error)})"]
+    return handles, []
 
 
 def device_memory_used(handle: Any) -> int:
@@ -1688,28 +1665,24 @@ def synchronize(devices: list[str]) -> None:
 
 def describe_environment(devices: list[str], handles: dict[str, Any]) -> dict[str, str]:
     """Hardware and versions: a benchmark's are part of its result."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        named = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = named[0] if named else cpu
+    cpu, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (named := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
+        cpu = named[1]
     info = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
-    info["ram"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
+    info["ram"] = f"{memory_of('cpu')[1] / 2**30:.1f} GiB"
     for device in devices:
         if device.startswith("cuda"):
             info[device] = f"{torch.cuda.get_device_name(device)}, {memory_of(device)[1] / 2**30:.1f} GiB"
     if handles:
         info["driver"] = pynvml.nvmlSystemGetDriverVersion()
     info |= {"os": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
-    packages = ("torch", "transformers", "optimum-quanto", "accelerate")
-    return info | {package: version(package) for package in packages} | {"torch": torch.__version__}
+    info["torch"] = torch.__version__  # names the CUDA build, which the package's version need not
+    return info | {package: version(package) for package in ("transformers", "optimum-quanto", "accelerate")}
 
 
-def memory_bandwidth(device: str, size: int = 2**30) -> float:
-    """Bytes a second that a device's memory delivers: the faster of a copy (read + written) and a read-only sum.
-
-    `size` bytes, far beyond any cache; the best of several, since every disturbance only slows.
-    """
-    size = min(size, memory_of(device)[0] // 8)
+def memory_bandwidth(device: str) -> float:
+    """Bytes a second of a device's memory: the best of several copies (read + written) and read-only sums of a GiB."""
+    size = min(2**30, memory_of(device)[0] // 8)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     best = 0.0
@@ -1733,22 +1706,22 @@ def memory_of(device: str) -> tuple[int, int]:
     return psutil.virtual_memory().available, psutil.virtual_memory().total
 
 
-def snapshot(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
-    """Bytes at this moment: "rss" of this process, and "cuda:0 allocated", "… reserved", "… used" (whole device)."""
+def snapshot(devices: list[str], handles: dict[str, Any], cuda: str = "current") -> dict[str, int]:
+    """Bytes at this moment: "rss" of this process, "cuda:0 used" (whole device), "… allocated", "… reserved" by torch.
+
+    torch keeps the last two on CUDA, `cuda` "current" or their "peak" since the reset; "" leaves them out.
+    """
     seen = {}
     for device in devices:
-        if device.startswith("cuda"):
-            seen[f"{device} allocated"] = torch.cuda.memory_allocated(device)
-            seen[f"{device} reserved"] = torch.cuda.memory_reserved(device)
-    return seen | sampled_memory(devices, handles)
-
-
-def sampled_memory(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
-    """The part of a `snapshot` whose peak must be sampled, since neither torch nor the system keeps it."""
-    seen = {f"{device} used": device_memory_used(handles[device]) for device in devices if device in handles}
-    if devices == ["mps"]:
-        seen["mps allocated"] = torch.mps.current_allocated_memory()
-        seen["mps reserved"] = torch.mps.driver_allocated_memory()
+        if device.startswith("cuda") and cuda:
+            stats = torch.cuda.memory_stats(device)
+            seen[f"{device} allocated"] = stats.get(f"allocated_bytes.all.{cuda}", 0)
+            seen[f"{device} reserved"] = stats.get(f"reserved_bytes.all.{cuda}", 0)
+        if device in handles:
+            seen[f"{device} used"] = device_memory_used(handles[device])
+        if device == "mps":
+            seen["mps allocated"] = torch.mps.current_allocated_memory()
+            seen["mps reserved"] = torch.mps.driver_allocated_memory()
     return seen | {"rss": psutil.Process().memory_info().rss}
 
 
@@ -1756,42 +1729,34 @@ def sampled_memory(devices: list[str], handles: dict[str, Any]) -> dict[str, int
 def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callable[[], dict[str, int]]]:
     """Watches memory within the block; the function it yields gives the peaks so far, named as in `snapshot`.
 
-    torch's own CUDA peaks are exact. RSS, NVML and MPS keep no peak: a thread looks ten times a second.
+    What keeps no peak a thread looks at ten times a second; asking torch's CUDA allocator so often slows the runs.
     """
-    gpus = [device for device in devices if device.startswith("cuda")]
-    for gpu in gpus:
-        torch.cuda.reset_peak_memory_stats(gpu)
-    seen, ended = snapshot(devices, handles), threading.Event()
+    for device in devices:
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(device)
+    seen, ended = {}, threading.Event()
 
-    def look() -> None:
-        for name, value in sampled_memory(devices, handles).items():
-            seen[name] = max(seen.get(name, 0), value)
+    def look() -> dict[str, int]:
+        for name, value in snapshot(devices, handles, cuda="").items():
+            seen[name] = max(value, seen.get(name, 0))
+        return seen
 
     def watch() -> None:
         while not ended.wait(0.1):
             look()
 
-    def peak() -> dict[str, int]:
-        look()
-        for gpu in gpus:
-            seen[f"{gpu} allocated"] = torch.cuda.max_memory_allocated(gpu)
-            seen[f"{gpu} reserved"] = torch.cuda.max_memory_reserved(gpu)
-        return dict(seen)
-
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield peak
+        yield lambda: snapshot(devices, handles, cuda="peak") | look()
     finally:
         ended.set()
         watcher.join()
 
 
 def plain_tensors(tensor: Any) -> list:
-    """The tensors that really hold a tensor's bytes.
-
-    A Quanto weight is a wrapper that reports the size and dtype of the unquantized one: `nbytes`, `element_size` and
-    `get_memory_footprint` are all wrong for it. `__tensor_flatten__` names what is inside.
+    """The tensors that hold a tensor's bytes: a Quanto weight reports size and dtype of the unquantized one, so that
+    `nbytes`, `element_size` and `get_memory_footprint` are all wrong for it. `__tensor_flatten__` names what is inside.
     """
     tensor = getattr(tensor, "data", tensor)  # a Parameter hides the wrapper's methods
     if not hasattr(tensor, "__tensor_flatten__"):
@@ -1807,54 +1772,23 @@ def stored_bytes(tensors: Iterable) -> int:
 
 # ------------------------------------------------------------------------------------------ getting the model
 
+SMALL_FILES = r"[^/]+\.(json|txt|model|tiktoken|jinja|py|spm|vocab|bpe)"  # that from_pretrained reads
+
 
 class ByteCounter(tqdm):
-    """Counts and draws nothing. huggingface_hub has a bar for bytes received and one for bytes written."""
+    """Draws nothing. huggingface_hub has a bar for bytes received, one for bytes written, and one for files."""
 
     bars: ClassVar[list[ByteCounter]] = []
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"disable": True})
-        self.bytes = 0
-        if options.get("unit") == "B":  # another one counts files
-            self.bars.append(self)
-
-    def update(self, n: float | None = 1) -> None:
-        self.bytes += int(n or 0)
-
-
-def format_size(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def files_to_download(names: list[str], with_weights: bool) -> list[str]:
-    """Of a repository's files those that from_pretrained reads. Raises Failure where they make no model."""
-    top = [name for name in names if "/" not in name]
-    small = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".spm", ".vocab", ".bpe")
-    chosen = [name for name in top if name.endswith(small)]
-    if "config.json" in top and not with_weights:
-        return chosen
-    shards = {
-        "model.safetensors": r"(?!consolidated|adapter).+\.safetensors",
-        "pytorch_model.bin": r"pytorch_model-.+\.bin",
-    }
-    for whole, shard in shards.items() if "config.json" in top else ():
-        if whole in top:
-            return [*chosen, whole]
-        if f"{whole}.index.json" in top:
-            return chosen + [name for name in top if re.fullmatch(shard, name)]
-    if "adapter_config.json" in top:
-        raise Failure("it is a PEFT adapter: merge it into its model and take that")
-    if any(name.endswith(".gguf") for name in names):
-        raise Failure("it holds GGUF files, which are llama.cpp's: take the model that they were made from")
-    raise Failure("it holds no model of transformers (config.json and model.safetensors): take another")
+        super().__init__(*args, **options | {"file": io.StringIO(), "disable": False})
+        self.bars.append(self)
 
 
 def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> str | None:
-    """The local folder of the model's files, downloaded if need be; None for the built-in configuration.
+    """The local folder of the model's files, downloaded if need be; None for the built-in configuration. Raises Failure.
 
-    The only place that touches the network. Where that fails, a complete model in the cache is taken as it
-    is, though it may lack files that would be downloaded. Raises Failure: what happened and the ways on.
+    Where the Hub fails, a model with complete weights in the cache is taken as it is, though other files may be missing.
     """
     if random_weights and model_name == "Qwen/Qwen2.5-3B":
         return None
@@ -1862,183 +1796,131 @@ def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> 
         return str(Path(model_name).expanduser())
     try:
         return download_files(model_name, not random_weights, plain_lines)
-    except Failure as failure:
-        raise Failure(f"cannot get {model_name}: {failure}") from None
+    except Failure:
+        raise
     except Exception as error:  # the Hub's client raises its own, the operating system's and httpx's
-        config = huggingface_hub.try_to_load_from_cache(model_name, "config.json")
-        files = weight_files(os.path.dirname(config)) if isinstance(config, str) else []
-        if isinstance(config, str) and (random_weights or (files and all(file.exists() for file in files))):
-            log(f"{model_name}: taken as it is cached here ({first_line(error)})")
-            return os.path.dirname(config)
+        config, why = huggingface_hub.try_to_load_from_cache(model_name, "config.json"), first_line(error)
+        folder = os.path.dirname(config) if isinstance(config, str) else None
+        if folder and (random_weights or weight_names(folder, os.listdir(folder))):
+            log(f"{model_name}: taken as it is cached here ({why})")
+            return folder
+        reason = (
+            f"cannot get {model_name} from the Hub, and it is neither a folder nor complete in the cache ({why}). "
+            "Ways on: try again (complete files are kept), a mirror (set HF_ENDPOINT=https://…), "
+            "a local folder (--model-name ./folder), or no download (--random-weights)"
+        )
         if isinstance(error, huggingface_hub.errors.GatedRepoError):  # before the next, which it is too
-            raise Failure(
-                f"{model_name} is gated: accept its terms on its page, then: hf auth login"
-            ) from None
-        if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
-            raise Failure(f"the Hub knows no model {model_name} (or it is private: hf auth login)") from None
-        raise Failure(
-            f"cannot get {model_name} from the Hub, and it is neither a folder nor complete in the cache "
-            f"({first_line(error)}). Ways on: try again (complete files are kept), a mirror (set HF_ENDPOINT=https://…),"
-            " a local folder (--model-name ./folder), or no download (--random-weights)"
-        ) from error
+            reason = f"{model_name} is gated: accept its terms on its page, then: hf auth login"
+        elif isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
+            reason = f"the Hub knows no model {model_name} (or it is private: hf auth login)"
+        raise Failure(reason) from error
 
 
 def download_files(model_name: str, with_weights: bool, plain_lines: bool) -> str:
     """The latest snapshot's folder; says how far it is. Raises Failure, or what huggingface_hub raises."""
     info = huggingface_hub.HfApi().model_info(model_name, files_metadata=True, timeout=10)
     size_of = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    names, cached = files_to_download(list(size_of), with_weights), huggingface_hub.try_to_load_from_cache
-    missing = [name for name in names if not isinstance(cached(model_name, name, revision=info.sha), str)]
-    total, cache = sum(size_of[name] for name in missing), huggingface_hub.constants.HF_HUB_CACHE
-    os.makedirs(cache, exist_ok=True)
-    if total > (free := shutil.disk_usage(cache).free):
-        there = f"{format_size(total)} to download, {format_size(free)} free in {cache}"
-        raise Failure(f"{there}: set HF_HOME to a folder on a larger disk")
-    said = begin = time.monotonic()
-    if missing and plain_lines:
-        log(f"getting {model_name}: {len(missing)} files, {format_size(total)}")
+    get = functools.partial(huggingface_hub.snapshot_download, model_name, tqdm_class=ByteCounter)
+    folder = get(allow_patterns=[name for name in size_of if re.fullmatch(SMALL_FILES, name)])
+    if not with_weights:
+        return folder
+    if not (names := weight_names(folder, size_of)):
+        raise Failure(f"{model_name} holds no weights for transformers: of GGUF or PEFT, take the base model")
+    missing = [name for name in names if not Path(folder, name).exists()]
+    if not missing:
+        return folder
+    total = max(1, sum(size_of[name] for name in missing))
+    log(f"getting {model_name}: {tqdm.format_sizeof(total)}B of weights")
     ByteCounter.bars.clear()
-    seen = collections.deque([(begin, 0)], maxlen=200)  # a minute: bytes are counted 10 MiB at a time
-    options = {"allow_patterns": names, "tqdm_class": ByteCounter}
+    begin, form = time.monotonic(), "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        download = pool.submit(huggingface_hub.snapshot_download, model_name, **options)
-        while missing and not concurrent.futures.wait([download], 0.3).done:
-            done, now = min(total, max((bar.bytes for bar in ByteCounter.bars), default=0)), time.monotonic()
-            rate = (done - seen[0][1]) / (now - seen[0][0])
-            seen.append((now, done))
-            text = f"getting {model_name}: {format_size(done)} of {format_size(total)}, {format_size(rate)}/s"
-            text += f", {duration((total - done) / rate)} left" if rate else ""
-            status(text, done / max(1, total))
-            if plain_lines and now - said > 30:
-                log(text)
-                said = now
-        folder = download.result()
-    if missing and plain_lines:
-        log(f"got {model_name} in {duration(time.monotonic() - begin)}")
-    return folder
+        download = pool.submit(get, allow_patterns=missing)
+        while not concurrent.futures.wait([download], 30 if plain_lines else 0.3).done:
+            counted, seconds = [b.n for b in ByteCounter.bars if b.unit == "B"], time.monotonic() - begin
+            done = min(total, max(counted, default=0))
+            meter = tqdm.format_meter(done, total, seconds, unit="B", unit_scale=True, bar_format=form)
+            if plain_lines:
+                log(f"getting {model_name}: {meter}")
+            else:
+                status(f"getting {model_name}: {meter}", done / total)
+        return download.result()
 
 
-def read_config(folder: str) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises Failure."""
-    try:
-        return json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Failure(
-            f"{folder}/config.json is missing or damaged ({first_line(error)}): download it again"
-        ) from None
-
-
-def check_architecture(name: str, config: dict[str, Any], trust_remote_code: bool) -> None:
-    """Raises Failure for what AutoModelForCausalLM cannot load, or loads without what was trained."""
-    kind, architectures = config.get("model_type"), config.get("architectures") or []
-    what = f"{name} is a {kind} model ({', '.join(architectures) or 'its architecture is not named'})"
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if "AutoModelForCausalLM" in config.get("auto_map", {}):
-        if kind not in classes and not trust_remote_code:
-            raise Failure(f"{what} and runs code of its repository: read it, then add --trust-remote-code")
-        return
-    if not kind:
-        raise Failure(f"{name}'s config.json names no model_type: transformers cannot load it")
-    if kind not in CONFIG_MAPPING_NAMES:
-        raise Failure(f"{what}, which transformers {transformers.__version__} does not know: a newer one may")
-    if kind not in classes and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise Failure(f"{what}, a vision-language model: only text models are measured, take one of those")
-    # a bare …Model may be fine, with its output tied to its input: loading tells
-    headed = [a for a in architectures if not a.endswith("Model")]
-    causal = any(a in classes.values() or "CausalLM" in a or "LMHead" in a for a in headed)
-    if kind not in classes or (headed and not causal):
-        raise Failure(f"{what}, no causal language model: only those are measured, as Qwen2.5 and Llama are")
-
-
-def check_quantization(
-    name: str, folder: str, config: dict[str, Any], weights: str | None, device: str
-) -> bool:
-    """Whether a checkpoint is already quantized. Raises Failure if it cannot run here with `weights`."""
-    stored = config.get("quantization_config") or config.get("compression_config")
-    stored = stored or (config.get("text_config") or {}).get("quantization_config")
-    method = (stored or {}).get("quant_method")
-    if method == "quanto" or Path(folder, "quanto_qmap.json").exists():
-        raise Failure(
-            f"{name} was saved by Quanto, which transformers cannot load: take the unquantized model"
-        )
-    if not stored:
-        return False
-    bits = stored.get("bits") or (
-        8 if stored.get("load_in_8bit") else 4 if stored.get("load_in_4bit") else None
-    )
-    what = f"{name} is already quantized ({method}{f', {bits} bits' if bits else ''})"
-    if weights:
-        ways = "run it as stored with --weights none, or take the unquantized model"
-        raise Failure(f"{what}: Quanto cannot quantize it again; {ways}")
-    if not AutoHfQuantizer.supports_quant_method(stored):
-        raise Failure(
-            f"{what}, which transformers {transformers.__version__} cannot run: take the unquantized model"
-        )
-    try:
-        AutoHfQuantizer.from_config(dict(stored), pre_quantized=True).validate_environment(
-            device_map={"": device}
-        )
-    except ModuleNotFoundError as error:
-        packages = {"gptq": "gptqmodel optimum"}.get(method, error.name)
-        raise Failure(f"{what}; to run it: pip install {packages}") from None
-    except Exception as error:  # (a package or a GPU that is missing, in transformers' own words)
-        raise Failure(f"{what} and cannot run here: {' '.join(str(error).split())}") from None
-    return True
-
-
-def weight_files(folder: str) -> list[Path]:
-    """The files that from_pretrained takes weights from, by its preferences: none, one or the shards."""
+def weight_names(folder: str, files: Iterable[str]) -> list[str]:
+    """Of these files those that from_pretrained takes weights from, as `folder` has the index; none if one is missing."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        whole, index = Path(folder, name), Path(folder, name + ".index.json")
-        if whole.exists():
-            return [whole]
-        if index.exists():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [Path(folder, shard) for shard in sorted(set(shards))]
+        if name in files:
+            return [name]
+        if f"{name}.index.json" in files:
+            index = json.loads(Path(folder, f"{name}.index.json").read_text(encoding="utf-8"))
+            shards = set(index["weight_map"].values())
+            return sorted(shards) if shards <= set(files) else []
     return []
 
 
-def check_weight_files(folder: str) -> None:
-    """Raises Failure naming the file that is missing or damaged; reads headers only."""
-    file = Path(folder)
-    try:
-        if not (files := weight_files(folder)):
-            raise Failure(
-                f"{folder} holds no weights (model.safetensors): download it again, or --random-weights"
-            )
-        for file in files:
-            if file.suffix == ".safetensors":
-                safetensors.safe_open(file, "pt").keys()
-            else:
-                file.open("rb").close()
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise Failure(f"{file} is missing or damaged ({first_line(error)}): download it again") from None
+def check_architecture(name: str, config: transformers.PreTrainedConfig) -> None:
+    """Raises Failure for what AutoModelForCausalLM cannot load, or loads without what was trained."""
+    kind, classes = config.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        return
+    # a bare …Model may be fine, with its output tied to its input: loading tells
+    headed = [a for a in config.architectures or () if not a.endswith("Model")]
+    causal = any(a in classes.values() or "CausalLM" in a or "LMHead" in a for a in headed)
+    if kind in classes and (causal or not headed):
+        return
+    seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    what = "a vision-language model" if seeing else "no causal language model"
+    named = ", ".join(config.architectures or ["its architecture is not named"])
+    raise Failure(f"{name} is a {kind} model ({named}), {what}: take one for text, as Qwen2.5 and Llama are")
+
+
+def check_quantization(s: Settings, folder: str, config: transformers.PreTrainedConfig, device: str) -> bool:
+    """Whether a checkpoint is already quantized. Raises Failure if it cannot run here as the settings want it."""
+    stored = getattr(config, "quantization_config", None)
+    stored = stored or getattr(config.get_text_config(), "quantization_config", None)
+    method = stored.get("quant_method") if stored else None
+    if method == "quanto" or Path(folder, "quanto_qmap.json").exists():
+        saved = f"{s.model_name} was saved by Quanto"
+        raise Failure(f"{saved}, which transformers cannot load: take the unquantized model")
+    if not stored:
+        return False
+    reason = "Quanto cannot do it again; run it as stored with --weights none, or take the unquantized model"
+    if not s.weights:
+        try:
+            quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
+            quantizer.validate_environment(device_map={"": device})
+            return True
+        except Exception as error:  # a package or a GPU that is missing, in transformers' own words
+            reason = " ".join(str(error).split())
+            if "optimum.gptq" in reason:  # where the words are Python's
+                reason = "to run it, pip install gptqmodel optimum"
+    raise Failure(f"{s.model_name} is already quantized ({method}): {reason}")
 
 
 def check_checkpoint(s: Settings, folder: str, device: str) -> int | None:
-    """Bytes of a checkpoint that is quantized already and runs as it is stored; None for all others.
-
-    Raises Failure for one that cannot be measured, before anything is loaded.
-    """
-    config = read_config(folder)
-    check_architecture(s.model_name, config, s.trust_remote_code)
+    """Bytes of a checkpoint that is quantized and runs as stored, else None. Raises for what cannot be measured."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=s.trust_remote_code)
+    check_architecture(s.model_name, config)
     if s.random_weights:
         return None
-    quantized = check_quantization(s.model_name, folder, config, s.weights, device)
-    check_weight_files(folder)
-    return sum(file.stat().st_size for file in weight_files(folder)) if quantized else None
+    quantized = check_quantization(s, folder, config, device)
+    files = [Path(folder, name) for name in weight_names(folder, os.listdir(folder))]
+    if not files:
+        raise Failure(f"{folder} lacks model.safetensors or a shard of it: download it again")
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                safetensors.safe_open(file, "pt")  # reads the header; the error does not name the file
+        except safetensors.SafetensorError as error:
+            raise Failure(f"{file} is damaged ({first_line(error)}): download it again") from error
+    return sum(file.stat().st_size for file in files) if quantized else None
 
 
 def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
-    """Raises Failure; called before the weights are loaded, so that a missing one costs no minutes.
-
-    Without its files transformers 5 makes an empty tokenizer for most models, in silence.
-    """
+    """Raises Failure, also without its files: transformers 5 then makes an empty one for most models, in silence."""
     files = r"tokenizer\.json|tekken\.json|vocab.*|tokenizer\.model.*|.*\.(model|tiktoken|spm|bpe)"
     if not any(re.fullmatch(files, path.name) for path in Path(folder).iterdir()):
-        raise Failure(
-            f"{name} has no tokenizer (tokenizer.json, tokenizer.model, vocab.json …): take a complete one"
-        )
+        raise Failure(f"{name} has no tokenizer (tokenizer.json, tokenizer.model …): take a complete model")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -2046,39 +1928,33 @@ def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
 
 
 def load_peak_bytes(weight_bytes: int, largest_linear: int, weights: str | None) -> int:
-    """Bytes that loading takes at most, besides pages of the checkpoint's file, which the system can drop.
-
-    While a layer is quantized, about ten bytes for each of its numbers: copies in bfloat16, float32 and int8.
-    Measured: 10.4 for int8 and float8 and 8 for int4 and int2 on a CPU, 9.8 for int8 on CUDA.
-    """
+    """Bytes that loading takes at most, besides pages of the checkpoint's file, which the system can drop."""
+    # while a layer is quantized, copies in bfloat16, float32 and int8: measured were 10.4 bytes for each of its numbers
+    # (int8 and float8) and 8 (int4 and int2) on a CPU, 9.8 (int8) on CUDA
     return weight_bytes + (10 * largest_linear if weights else 0)
 
 
 @contextlib.contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Within, what loading frees goes back to the system; glibc keeps 1.3 GB beside 3.4 GB of int8 weights.
+    """Within, what loading frees goes back to the system; glibc would keep 1.3 GB beside 3.4 GB of int8 weights.
 
-    glibc (Linux) keeps pieces below 32 MiB, and loading takes and frees all sizes. Afterwards its limits are
-    what they grow to in any process that has freed such a piece (man 3 mallopt, M_MMAP_THRESHOLD).
+    Afterwards glibc's limits are what they grow to in any process that has freed 32 MiB (man 3 mallopt).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(libc, "mallopt", lambda option, value: 0)
     mmap_threshold, trim_threshold = -3, -1
     mallopt(mmap_threshold, 2**20)
-    try:
-        yield
-    finally:
-        mallopt(mmap_threshold, 2**25)
-        mallopt(trim_threshold, 2**26)
+    yield
+    mallopt(mmap_threshold, 2**25)
+    mallopt(trim_threshold, 2**26)
 
 
 @dataclass
 class RandomTensor:
-    """A tensor of a checkpoint whose numbers are made when transformers reads it, `tensor[...]`.
+    """A tensor of a checkpoint that is made when transformers reads it, `tensor[...]`, of one block over and over.
 
-    It reads one, quantizes it and only then reads the next (transformers core_model_loading.py,
-    has_on_the_fly_quantization): the unquantized model is never in memory. The numbers are one block over and
-    over, since 3 B new ones take a minute.
+    It reads one, quantizes it and only then reads the next (core_model_loading.py, has_on_the_fly_quantization): the
+    unquantized model is never in memory.
     """
 
     shape: torch.Size
@@ -2096,7 +1972,7 @@ def random_state(model: Any) -> dict[str, Any]:
     """Random weights for a meta model; not for a tied output embedding: from_pretrained would untie it."""
     torch.manual_seed(0)
     block = torch.randn(2**22).mul_(0.02).to(model.dtype)
-    state, tied = {}, set(getattr(model, "all_tied_weights_keys", None) or ())
+    state, tied = {}, model.all_tied_weights_keys
     for name, tensor in model.state_dict().items():
         if name in tied or not tensor.is_floating_point():
             continue
@@ -2109,18 +1985,14 @@ def random_state(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reference_file(folder: Path, mode: str) -> Iterator[BinaryIO]:
-    """The file of the reference's log probabilities, a row of float32 a position; `mode` is "wb" or "rb".
-
-    Ordinary writes: on a full disk those of a memory map end the process by SIGBUS. Raises Failure.
-    """
+    """The file of the reference's log probabilities, a row of float32 a position. Raises Failure."""
+    # ordinary writes: on a full disk those of a memory map end the process by SIGBUS
     try:
         with open(folder / "logprobs.f32", mode) as file:
             yield file
     except OSError as error:
-        reason = f"{error.strerror or error}"
-        raise Failure(
-            f"cannot keep the reference answer in {folder} ({reason}): set TMPDIR to a roomier folder"
-        ) from error
+        what = f"cannot keep the reference answer in {folder} ({error.strerror or error})"
+        raise Failure(f"{what}: set TMPDIR to a roomier folder") from error
 
 
 # ----------------------------------------------------------------------------------------------------- model

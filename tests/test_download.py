@@ -21,7 +21,7 @@ qwquanto.status = lambda text, fraction=None: print(f'status: {text}' + ('' if f
 for name in sys.argv[1:]:
     model, _, random = name.partition("?")
     try:
-        print(json.dumps(download_model(model, bool(random), True)), flush=True)
+        print(json.dumps(download_model(model, bool(random), False)), flush=True)
     except Failure as failure:
         print(json.dumps(f"FAILURE {failure}"), flush=True)
 """
@@ -126,15 +126,14 @@ def test_the_files_that_are_needed_and_what_the_hub_says_no_to(models, tmp_path)
     assert weights(sharded) == {"pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"}
     assert "config.json" in names(random)
     assert not weights(random)
+    no_weights = "holds no weights for transformers: of GGUF or PEFT, take the base model"
     assert failures == [
         "FAILURE them/gated is gated: accept its terms on its page, then: hf auth login",
         "FAILURE the Hub knows no model nobody/nothing (or it is private: hf auth login)",
-        "FAILURE cannot get them/gguf: it holds GGUF files, which are llama.cpp's: "
-        "take the model that they were made from",
-        "FAILURE cannot get them/adapter: it is a PEFT adapter: merge it into its model and take that",
+        f"FAILURE them/gguf {no_weights}",
+        f"FAILURE them/adapter {no_weights}",
     ]
-    assert "log: getting them/both: " in err
-    assert "log: got them/both in " in err
+    assert "log: getting them/both: 1.70kB of weights\n" in err
 
 
 def test_what_is_cached_is_enough_without_the_hub(models, tmp_path):
@@ -159,14 +158,14 @@ def test_a_slow_file_shows_how_far_it_is(models, tmp_path):
     with hub.serve(models, rates={"model.safetensors": 2e7}) as here:
         _, err = get(tmp_path, here.url, LARGE)
     shown = re.findall(
-        r"^status: getting them/large: ([\d.]+) MB of 60.0 MB, ([\d.]+) MB/s(.*) \[(.*)\]$", err, re.M
+        r"^status: getting them/large: ([\d.]+)MB of 60.0MB, ([\d.]+)MB/s, ([\d:]+) left \[(.*)\]$", err, re.M
     )
     done, rates, rests, fractions = zip(*shown, strict=True)
     assert len(set(done)) >= 4
     assert list(map(float, fractions)) == sorted(map(float, fractions))
     assert all(abs(float(d) / 60 - float(f)) < 0.01 for d, f in zip(done, fractions, strict=True))
     assert max(map(float, rates)) <= 60  # 20, and the first 10 MiB may come at once
-    assert any(re.fullmatch(r", \d+ s left", rest) for rest in rests)
+    assert len(set(rests)) > 1
 
 
 def test_a_download_that_is_killed_keeps_complete_files(models, tmp_path):

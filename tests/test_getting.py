@@ -6,27 +6,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from results import settings
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwquanto import (
-    Failure,
-    check_architecture,
-    check_quantization,
-    check_weight_files,
+    Bench,
+    check_checkpoint,
+    describe_error,
     load_tokenizer,
     random_state,
-    read_config,
     reference_file,
 )
 
 
 def failure(call, *arguments):
-    """The line of the Failure that this call ends with, or None."""
+    """The line that the user reads if this call fails, or None."""
     try:
         call(*arguments)
-    except Failure as raised:
-        return str(raised)
+    except Exception as error:
+        return describe_error(error, Bench(settings()))[0]
     return None
+
+
+def check(folder, config=None, **constants):
+    """The line about a checkpoint with this config.json, or None if it can be loaded."""
+    if config is not None:
+        (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    s = settings(**{"model_name": "them/it", "weights": "int8"} | constants)
+    return failure(check_checkpoint, s, str(folder), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -41,58 +50,75 @@ def failure(call, *arguments):
         ("bert", "BertForMaskedLM", "no causal language model"),
         ("llama", "LlamaForSequenceClassification", "no causal language model"),
         ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "a vision-language model"),
-        ("of_2030", "Of2030ForCausalLM", "does not know"),
-        ("", None, "names no model_type"),
     ],
 )
-def test_what_a_model_is(kind, architecture, line):
-    config = {"model_type": kind, "architectures": architecture and [architecture]}
-    said = failure(check_architecture, "them/it", config, False)
-    assert (line is None and said is None) or (line in said and str(kind) in said)
-    assert said is None or architecture is None or architecture in said
+def test_what_a_model_is(tmp_path, kind, architecture, line):
+    said = check(tmp_path, {"model_type": kind, "architectures": [architecture]})
+    expected = (
+        f"them/it is a {kind} model ({architecture}), {line}: take one for text, as Qwen2.5 and Llama are"
+    )
+    assert said == (line and expected)
 
 
-def test_a_model_with_code_of_its_own():
-    config = {"model_type": "theirs", "auto_map": {"AutoModelForCausalLM": "m.M"}}
-    assert "--trust-remote-code" in failure(check_architecture, "them/it", config, False)
-    assert failure(check_architecture, "them/it", config, True) is None
-    assert failure(check_architecture, "them/it", config | {"model_type": "qwen2"}, False) is None
+def test_what_transformers_does_not_know(tmp_path):
+    unknown = check(tmp_path, {"model_type": "of_2030", "architectures": ["Of2030ForCausalLM"]})
+    assert "model type `of_2030` but Transformers does not recognize this architecture" in unknown
+    assert "should have a `model_type` key" in check(tmp_path, {}).lower()
+    assert "config.json' is not a valid JSON file" in check(tmp_path, "{")
+
+
+def test_a_model_with_code_of_its_own(tmp_path):
+    config = {"model_type": "theirs", "auto_map": {"AutoConfig": "m.C", "AutoModelForCausalLM": "m.M"}}
+    assert "--trust-remote-code" in check(tmp_path, config)
+    config_code = "import transformers\nclass C(transformers.PreTrainedConfig):\n    model_type = 'theirs'\n"
+    (tmp_path / "m.py").write_text(config_code)
+    assert check(tmp_path, config, trust_remote_code=True) is None
+    assert check(tmp_path, config | {"model_type": "qwen2"}) is None
 
 
 @pytest.mark.parametrize(
-    ("stored", "named", "missing"),
+    ("stored", "missing"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "(gptq, 4 bits)", "pip install gptqmodel optimum"),
-        ({"quant_method": "awq", "bits": 4}, "(awq, 4 bits)", "pip install gptqmodel"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "(bitsandbytes, 8 bits)", "pip install"),
-        ({"quant_method": "compressed-tensors"}, "(compressed-tensors)", "pip install compressed-tensors"),
-        ({"quant_method": "of_2030"}, "(of_2030)", "take the unquantized model"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "(fp8)", None),
+        ({"quant_method": "gptq", "bits": 4}, "pip install gptqmodel optimum"),
+        ({"quant_method": "awq", "bits": 4}, "pip install gptqmodel"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "pip install -U bitsandbytes"),
+        ({"quant_method": "compressed-tensors"}, "pip install compressed-tensors"),
+        ({"quant_method": "of_2030"}, "Unknown quantization type"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None),
     ],
-)  # fmt: skip
-def test_checkpoints_that_are_already_quantized(tmp_path, stored, named, missing):
-    for config in ({"quantization_config": stored}, {"text_config": {"quantization_config": stored}}):
-        said = failure(check_quantization, "them/it", str(tmp_path), config, "int8", "cpu")
-        assert f"them/it is already quantized {named}: " in said
-        assert "--weights none" in said
-        said = failure(check_quantization, "them/it", str(tmp_path), config, None, "cpu")
-        assert (missing is None and said is None) or (named in said and missing in said)
+)
+def test_checkpoints_that_are_already_quantized(tmp_path, stored, missing):
+    named = f"them/it is already quantized ({stored['quant_method']}): "
+    for config in (
+        {"model_type": "qwen2", "quantization_config": stored},
+        {"model_type": "gemma3", "text_config": {"quantization_config": stored}},
+    ):
+        said = check(tmp_path, config)
+        assert said.startswith(named) and "--weights none" in said
+        said = check(tmp_path, config, weights=None)
+        assert (missing is None and said is None) or (said.startswith(named) and missing in said)
 
 
 def test_checkpoints_that_quanto_saved(tmp_path):
+    expected = "them/it was saved by Quanto, which transformers cannot load: take the unquantized model"
+    in_config = {"model_type": "qwen2", "quantization_config": {"quant_method": "quanto", "weights": "int8"}}
+    assert check(tmp_path, in_config) == check(tmp_path, in_config, weights=None) == expected
     (tmp_path / "quanto_qmap.json").write_text("{}")
-    for weights in ("int8", None):
-        said = failure(check_quantization, "them/it", str(tmp_path), {}, weights, "cpu")
-        assert (
-            said == "them/it was saved by Quanto, which transformers cannot load: take the unquantized model"
-        )
+    assert check(tmp_path, {"model_type": "qwen2"}) == expected
 
 
 def test_an_unquantized_checkpoint_is_fine(tiny):
-    assert check_quantization("tiny", tiny, read_config(tiny), "int8", "cpu") is False
-    check_architecture("tiny", read_config(tiny), False)
-    check_weight_files(tiny)
+    assert check_checkpoint(settings(), tiny, "cpu") is None
     assert load_tokenizer("tiny", tiny, False)("How").input_ids
+
+
+def test_a_checkpoint_that_runs_as_stored_has_the_size_of_its_files(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    size = (folder / "model.safetensors").stat().st_size
+    assert check_checkpoint(settings(weights=None), str(folder), "cpu") == size
 
 
 def test_damage_is_named(tiny, tmp_path):
@@ -101,18 +127,11 @@ def test_damage_is_named(tiny, tmp_path):
     assert failure(load_tokenizer, "it", folder, False).startswith("it has no usable tokenizer: ")
     (folder / "tokenizer.json").unlink()
     assert failure(load_tokenizer, "it", folder, False).startswith("it has no tokenizer (")
-    (folder / "config.json").write_text("{")
-    assert "config.json is missing or damaged" in failure(read_config, folder)
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(1000)
-    assert "model.safetensors is missing or damaged" in failure(check_weight_files, folder)
+    assert check(folder).startswith(f"{folder}/model.safetensors is damaged (")
     (folder / "model.safetensors").unlink()
-    assert "holds no weights" in failure(check_weight_files, folder)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        shard = name.replace(".", "-00001-of-00001.")
-        (folder / f"{name}.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-        assert f"{shard} is missing or damaged" in failure(check_weight_files, folder)
-        (folder / f"{name}.index.json").unlink()
+    assert "lacks model.safetensors or a shard of it" in check(folder)
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -108,7 +108,7 @@ def test_a_truncated_checkpoint_is_named(script, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     ended = script(model_name=folder)
-    assert ended.code == 1 and "model.safetensors is missing or damaged" in ended.err.splitlines()[-1]
+    assert ended.code == 1 and "model.safetensors is damaged" in ended.err.splitlines()[-1]
 
 
 def test_a_missing_chat_template_is_named(script, tiny):
