@@ -67,7 +67,7 @@ def torchao(s: q.Settings, pipe: Any, device: str = "cuda:0") -> None:
     )  # fmt: skip
     tokenizer = None if s.random_weights else q.load_tokenizer(s.model_name, folder, s.trust_remote_code)
     prompt = q.tokenize(s, tokenizer, model)
-    bench = q.Bench(s, [device], model=model.eval(), tokenizer=tokenizer, prompt=prompt, ignore_eos=True)
+    bench = q.Bench(s, [device], model=model.eval(), tokenizer=tokenizer, prompt=prompt)
     bench.new_tokens = s.compare_tokens
     bench.compiled = q.CompiledDecode("transformers", 0, {"cache_implementation": "static"})
     q.run_once(bench, 0, "compiling")

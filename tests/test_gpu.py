@@ -46,14 +46,13 @@ def witness(name, ours, theirs, tolerance):
 @pytest.fixture(scope="module")
 def bench():
     """Qwen2.5-3B's shape in int8 on the first GPU."""
-    s = settings(random_weights=True, device="cuda:0")
+    s = settings(random_weights=True, device="cuda:0", compare=("int8",))
     handles, notes = q.nvml_handles(GPU)
     assert not notes
     model = q.load_model(s, None, q.make_meta_model(s, None), GPU)
     prompt = q.tokenize(s, None, model)
     yield q.Bench(
-        s, GPU, handles, model=model, prompt=prompt, new_tokens=48,
-        positions_left=4096, ignore_eos=True,
+        s, GPU, handles, model=model, prompt=prompt, new_tokens=48, positions_left=4096,
     )  # fmt: skip
     del model
     torch.cuda.empty_cache()
@@ -75,7 +74,7 @@ def test_memory(bench):
     seen = q.snapshot(GPU, bench.handles)
     witness(
         "weights B, against all storages",
-        q.weight_stats(bench.model)["weight_bytes"],
+        q.weight_stats(bench.model, GPU)["weight_bytes"],
         storage_bytes(),
         0.01,
     )
