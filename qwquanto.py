@@ -2258,16 +2258,16 @@ MENDED: dict[str, set[int]] = collections.defaultdict(set)  # one of DEFECTS -> 
 def mend_quanto(leave_kernels: bool = False) -> None:
     """Keep Quanto from building extensions, losing biases and crashing. Seen in optimum-quanto 0.2.7, torch 2.13.0.
 
-    - tensor/weights/marlin/fp8/qbits.py:30: the float8 Marlin kernel takes a bias and never adds it. Without "quanto_cuda"
-      float8 takes quanto::qbytes_mm, right and nothing to build.
-    - library/extensions/extension.py:47: `unpack` (int2; int4 without TinyGemm) compiles an extension of minutes, which
-      a stale lock file makes hang, for what is one line of torch.
+    - tensor/weights/marlin/fp8/qbits.py:30: the float8 Marlin kernel never adds its bias; without "quanto_cuda" float8
+      takes quanto::qbytes_mm.
+    - library/extensions/extension.py:47: `unpack` (int2; int4 without TinyGemm) compiles for minutes, and a stale lock
+      file makes it hang.
     - library/qbytes_mm.py:101 calls torch._weight_int8pack_mm for every in_features % 4 == 0, see `int8_product`.
-    - tensor/weights/qbits.py:119 takes TinyGemm whatever the shape, and tensor/weights/tinygemm/qbits.py:53 whatever the
+    - tensor/weights/qbits.py:119 takes TinyGemm whatever the shape, tensor/weights/tinygemm/qbits.py:53 whatever the
       strides; the kernels refuse (aten/src/ATen/native/cuda/int4mm.cu, _weight_int4pack_mm_cuda).
     - tensor/optimizers/absmax_optimizer.py:35: a row of zeros gets the scale 0, and float8 then holds 0 / 0.
 
-    With `leave_kernels` nothing is touched. A second call changes nothing.
+    A second call changes nothing.
     """
     if leave_kernels or hasattr(qbytes_mm, "shipped"):
         return
@@ -2277,7 +2277,7 @@ def mend_quanto(leave_kernels: bool = False) -> None:
     qbytes_mm.shipped = qbytes_mm.qbytes_int8pack_mm
     qbytes_mm.qbytes_int8pack_mm = int8_product  # qbytes_mm_impl_cpu looks the name up when it is called
     create, multiply = WeightQBitsTensor.create, TinyGemmQBitsLinearFunction.forward
-    absmax = AbsmaxOptimizer.optimize
+    find_scale = AbsmaxOptimizer.optimize
 
     def create_if_it_fits(qtype, axis, group_size, size, stride, data, scale, shift, requires_grad=False):
         fits = size[0] % INT4_ROWS.get(data.device.type, 1) == 0
@@ -2290,11 +2290,10 @@ def mend_quanto(leave_kernels: bool = False) -> None:
         return multiply(ctx, x.contiguous(), weight, bias)
 
     def scale_above_zero(self, base, qtype, axis=None):
-        scale = absmax(self, base, qtype, axis)
-        positive = torch.where(scale == 0, torch.ones_like(scale), scale)
+        scale = find_scale(self, base, qtype, axis)
         if qtype.is_floating_point and (scale == 0).any():
-            MENDED["zeros"].add(positive.data_ptr())
-        return positive
+            MENDED["zeros"].add(scale.data_ptr())
+        return scale.masked_fill_(scale == 0, 1)
 
     WeightQBitsTensor.create = staticmethod(create_if_it_fits)
     TinyGemmQBitsLinearFunction.forward = staticmethod(multiply_contiguous)
@@ -2346,22 +2345,18 @@ def modules_to_skip(model: Any) -> list[str]:
 
 def quanto_defects(model: Any) -> list[str]:
     """Sentences of the report about a quantized model that has been loaded and has run: "as shipped, Quanto …"."""
-    layers = Counter(
-        {name: len(addresses) for name, addresses in MENDED.items()}, routers=len(routers(model))
-    )
-    for module in model.modules():
-        weight = getattr(getattr(module, "weight", None), "data", None)
+    layers = Counter({name: len(addresses) for name, addresses in MENDED.items()})
+    layers["routers"] = len(routers(model))
+    for module in linear_layers(model):
+        weight, (rows, columns) = module.weight.data, module.weight.shape
         if type(weight) is WeightQBitsTensor:
-            bits, group_size, dtype = weight._qtype.bits, weight._group_size, weight.dtype
-            if (bits, group_size, dtype) != (4, 128, torch.bfloat16):
+            if (weight._qtype.bits, weight._group_size, weight.dtype) != (4, 128, torch.bfloat16):
                 layers["extension"] += 1
-            elif weight.shape[0] % INT4_ROWS.get(weight.device.type, 1):
+            elif rows % INT4_ROWS.get(weight.device.type, 1):
                 layers["int4 shape"] += 1
         elif hasattr(weight, "_qtype") and weight._qtype.is_floating_point and weight.is_cuda:
-            marlin = weight.shape[0] % 64 == weight.shape[1] % 64 == 0
-            layers["bias"] += marlin and module.bias is not None
-    found = {name: count for name, count in layers.items() if count}
-    return [f"as shipped, Quanto{DEFECTS[name].format(count)}" for name, count in found.items()]
+            layers["bias"] += module.bias is not None and rows % 64 == columns % 64 == 0
+    return [f"as shipped, Quanto{DEFECTS[name].format(count)}" for name, count in layers.items() if count]
 
 
 def max_positions(config: transformers.PreTrainedConfig) -> float:
@@ -2384,16 +2379,14 @@ def make_meta_model(s: Settings, folder: str | None) -> Any:
     if s.dtype != "auto":
         config.dtype = getattr(torch, s.dtype)
     config.dtype = config.dtype or torch.float32
+    options = {"dtype": config.dtype, "trust_remote_code": s.trust_remote_code}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=config.dtype, trust_remote_code=s.trust_remote_code
-        )
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
-def linear_names(model: Any) -> list[str]:
-    """Names of the linear layers, as Quanto's transformers integration sees them: all but the output embedding."""
-    head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if is_linear(m) and m is not head]
+def linear_layers(model: Any) -> list[torch.nn.Module]:
+    """The linear layers, as Quanto's transformers integration sees them: all but the output embedding."""
+    return [m for m in model.modules() if is_linear(m) and m is not model.get_output_embeddings()]
 
 
 def expected_bytes(model: Any, precision: str) -> int:
@@ -2402,33 +2395,32 @@ def expected_bytes(model: Any, precision: str) -> int:
     total = sum(t.nbytes for t in tensors.values())
     if precision == "none":
         return total
-    for name in linear_names(model):
-        weight = model.get_submodule(name).weight
+    for weight in (layer.weight for layer in linear_layers(model)):
         scales = weight.shape[0] if BITS[precision] == 8 else 2 * weight.numel() / 128
         total += weight.numel() * BITS[precision] / 8 + scales * model.dtype.itemsize - weight.nbytes
     return int(total)
 
 
-def place_model(bench: Bench, meta_model: Any, needed: int) -> list[str]:
-    """Keep of the devices the first GPU that the model fits, else all; say what is coming, and return notes on it.
+def place_model(bench: Bench, meta_model: Any, needed: int) -> None:
+    """Keep of the devices the first GPU that the model fits, else all; say what is coming.
 
     Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried.
     """
-    s, linear = bench.settings, [meta_model.get_submodule(name) for name in linear_names(meta_model)]
-    peak = load_peak_bytes(needed, max((m.weight.numel() for m in linear), default=0), s.weights)
+    s, largest = bench.settings, max((m.weight.numel() for m in linear_layers(meta_model)), default=0)
+    peak = load_peak_bytes(needed, largest, s.weights)
     roomy = next((d for d in bench.devices if max(needed * 1.1, peak) < memory_of(d)[0]), None)
     bench.devices = [roomy] if roomy else bench.devices
     free, total = map(sum, zip(*map(memory_of, bench.devices), strict=True))
     sizes = {p: expected_bytes(meta_model, p) for p in PRECISIONS}
     fits = [f"{p} ({gib(size)} GiB)" for p, size in sizes.items() if size * 1.1 < free and size < needed]
     free_here = f"{gib(free)} GiB free on {', '.join(bench.devices)}"
-    bench.advice = f"{free_here}; would fit: {', '.join(fits)}" if fits else f"{free_here}; {SMALLER}"
+    bench.advice = f"{free_here}; " + (f"would fit: {', '.join(fits)}" if fits else SMALLER)
     size = format_3g(sum(p.numel() for p in meta_model.parameters()), 1e9)
     expected = f"{gib(needed)} GiB of weights expected (up to {gib(peak)} while loading)"
-    log(f"{s.model_name}, {s.weights or 'as stored'}: {size} B parameters, {expected}, {free_here}")
+    tried = ": tried all the same" if peak > free else ""
+    log(f"{s.model_name}, {s.weights or 'as stored'}: {size} B parameters, {expected}, {free_here}{tried}")
     if needed > total:
         raise Failure(f"the weights need {gib(needed)} of {gib(total)} GiB in all; {bench.advice}")
-    return [f"loading needs up to {gib(peak)} GiB, {free_here}: tried all the same"] if peak > free else []
 
 
 def load_model(s: Settings, folder: str | None, meta_model: Any, devices: list[str]) -> Any:
@@ -2461,7 +2453,7 @@ def load_model(s: Settings, folder: str | None, meta_model: Any, devices: list[s
 
 def weight_stats(model: Any, devices: list[str]) -> dict[str, Any]:
     """The fields of a Result about the weights: bytes, and how many layers Quanto really holds."""
-    linear = [model.get_submodule(name).weight.data for name in linear_names(model)]
+    linear = [layer.weight.data for layer in linear_layers(model)]
     quantized = [weight for weight in linear if hasattr(weight, "_qtype")]
     parameters = list(model.parameters())
     # not Quanto's scales of activations: scalars that no quantized weight uses
@@ -2494,23 +2486,6 @@ def decode_weight_bytes(model: Any) -> int | None:
     given, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is None or given.weight.data_ptr() == output.weight.data_ptr()
     return stored_bytes(model.parameters()) - (0 if tied else stored_bytes([given.weight]))
-
-
-def cache_read_bytes(cache: Any, tokens: int, mean_tokens: float) -> float | None:
-    """Bytes of a KV cache filled with `tokens` that a decode step at `mean_tokens` reads; None for an unknown cache.
-
-    Keys and values that grow with the context are read in proportion; windows that slide and states are read whole.
-    """
-    total = 0.0
-    for layer in getattr(cache, "layers", None) or ():
-        held = [
-            h for value in vars(layer).values() for h in (value.values() if type(value) is dict else [value])
-        ]
-        size = stored_bytes(t for t in held if isinstance(t, torch.Tensor) and t.dim() > 1)
-        keys = getattr(layer, "keys", None)
-        grows = isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.shape[-2] == tokens
-        total += size * mean_tokens / tokens if grows else size
-    return total or None
 
 
 def first_line(error: BaseException) -> str:
@@ -3222,36 +3197,30 @@ class Bench:
     compiled: Any = None  # the CompiledDecode, once there is one
 
 
-@dataclass
-class Generation:
-    """One call of generate(): the new tokens, seconds from its start until each of them, and until its end."""
-
-    tokens: list[int]
-    token_times: list[float]
-    latency_s: float
-
-
 def generation_options(bench: Bench) -> dict[str, Any]:
     """generate()'s options. max_new_tokens, since Qwen2.5's generation_config.json makes it ignore max_length."""
     s = bench.settings
     options = {"max_new_tokens": bench.new_tokens, "do_sample": s.do_sample}
     if s.do_sample:
         options["temperature"] = s.temperature
-    if (
-        s.compare
-    ):  # the end of the answer is ignored, not forbidden: min_new_tokens costs kernels for every token
+    if s.compare:  # all of them: the end is ignored, not forbidden, which costs kernels for every token
         options["eos_token_id"] = None
     return options
 
 
-def generate(bench: Bench, prompt: Any, on_token: Callable[[int, float], Any], **options: Any) -> Generation:
-    """A timed generate(), which ends early once `on_token` (tokens so far, seconds so far) is true.
+def generate(
+    bench: Bench, on_token: Callable[[int, float], Any] | None = None, prompt: Any = None, **options: Any
+) -> tuple[list[int], list[float], float]:
+    """One generate(): the new tokens, seconds from its start until each of them, and until its end.
+
+    It ends early once `on_token` (tokens so far, seconds so far) is true.
 
     The time of every token is taken by a stopping criterion, which is called after sampling. On CUDA it records an event:
     waiting for the device would keep the host from launching the rest of the step (that and a heavier `peak_memory` cost a
     compiled token on an H100 4.6 %). On MPS it waits, since events are unreliable there (pytorch #196395), and is called
     once more than there are tokens (transformers generation/utils.py, DeferredStopCheck).
     """
+    prompt = bench.prompt if prompt is None else prompt
     device, events = prompt.device, []  # of the start and of each token: CUDA events or seconds
 
     def mark() -> None:
@@ -3264,7 +3233,7 @@ def generate(bench: Bench, prompt: Any, on_token: Callable[[int, float], Any], *
 
     def after_token(input_ids: Any, scores: Any, **_: Any) -> bool:
         mark()
-        return bool(on_token(len(events) - 1, time.perf_counter() - begin))
+        return bool(on_token and on_token(len(events) - 1, time.perf_counter() - begin))
 
     options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [after_token]}
     options |= {"pad_token_id": 0}  # one sequence is never padded; None would be warned of
@@ -3278,7 +3247,7 @@ def generate(bench: Bench, prompt: Any, on_token: Callable[[int, float], Any], *
     bench.cache = getattr(output, "past_key_values", None)
     new, first = output.sequences[0, prompt.shape[1] :].tolist(), events[0]
     times = [first.elapsed_time(e) / 1000 if device.type == "cuda" else e - first for e in events[1:]]
-    return Generation(new, times[: len(new)], latency_s)
+    return new, times[: len(new)], latency_s
 
 
 def run_once(bench: Bench, seed: int, title: str, warm_up: bool = False) -> Run:
@@ -3290,36 +3259,35 @@ def run_once(bench: Bench, seed: int, title: str, warm_up: bool = False) -> Run:
         nonlocal shown, timed_out
         if seconds - shown > 0.2:
             shown = seconds
-            done = min(1.0, max(tokens / bench.new_tokens, seconds / timeout_s))
-            status(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", None if warm_up else done)
+            done = None if warm_up else min(1.0, max(tokens / bench.new_tokens, seconds / timeout_s))
+            status(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", done)
         timed_out = seconds >= timeout_s and tokens >= least
         return timed_out
 
     torch.manual_seed(seed)
     energy = energy_j(bench.handles)
-    done = generate(bench, bench.prompt, progress, **generation_options(bench))
+    new, times, latency_s = generate(bench, progress, **generation_options(bench))
     spent = {d: now - energy[d] for d, now in energy_j(bench.handles).items() if d in energy}
-    count, times = len(done.tokens), done.token_times
     return Run(
         seed=seed,
         prompt_tokens=bench.prompt.shape[1],
-        generated_tokens=count,
-        stop_reason="length" if count == bench.new_tokens else "time" if timed_out else "eos",
-        latency_s=done.latency_s,
+        generated_tokens=len(new),
+        stop_reason="length" if len(new) == bench.new_tokens else "time" if timed_out else "eos",
+        latency_s=latency_s,
         ttft_s=times[0],
-        decode_tokens_per_s=(count - 1) / (times[-1] - times[0]) if count > 1 else None,
-        tokens_per_s=count / done.latency_s,
+        decode_tokens_per_s=(len(new) - 1) / (times[-1] - times[0]) if len(new) > 1 else None,
+        tokens_per_s=len(new) / latency_s,
         inter_token_s=[b - a for a, b in itertools.pairwise(times)],
         energy_j=spent or None,
-        text=bench.tokenizer.decode(done.tokens, skip_special_tokens=True) if bench.tokenizer else "",
+        text=bench.tokenizer.decode(new, skip_special_tokens=True) if bench.tokenizer else "",
     )
 
 
-def warmup_runs(bench: Bench, title: str) -> list[Run]:
+def warmup_runs(bench: Bench) -> list[Run]:
     """WARMUP_RUNS untimed runs, and more until WARMUP_S have passed: a GPU machine needs seconds to reach its pace."""
     begin, runs = time.perf_counter(), []
     while len(runs) < bench.settings.warmup_runs or (runs and time.perf_counter() - begin < WARMUP_S):
-        runs.append(run_once(bench, bench.settings.seed + len(runs), title, warm_up=True))
+        runs.append(run_once(bench, bench.settings.seed + len(runs), "warm-up", warm_up=True))
     return runs
 
 
@@ -3341,17 +3309,25 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
 
 
 def decode_read_bytes(bench: Bench, run: Run) -> int | None:
-    """Bytes that a decode step of a run must read on average, weights and cache; None where that is unknown."""
-    filled = run.prompt_tokens + run.generated_tokens - 1
-    read = run.prompt_tokens + run.generated_tokens / 2
+    """Bytes that a decode step of a run must read on average, weights and cache; None where that is unknown.
+
+    Keys and values that grow with the context are read in proportion; windows that slide and states are read whole.
+    """
+    prompt, new, cached = run.prompt_tokens, run.generated_tokens, 0.0
+    filled, read = prompt + new - 1, prompt + new / 2
     if bench.compiled:  # a static cache, longer than what is filled
         filled = bench.cache.layers[0].keys.shape[-2]
         if bench.compiled.way == STATIC_CACHE:
             read = filled
         elif bench.prompt.device.type == "cpu":
-            read = mean_window(run.prompt_tokens, run.generated_tokens)
-    weights, cached = bench.decode_weight_bytes, cache_read_bytes(bench.cache, filled, read)
-    return int(weights + cached) if weights is not None and cached is not None else None
+            read = mean_window(prompt, new)
+    for layer in getattr(bench.cache, "layers", ()):
+        held = torch.utils._pytree.tree_leaves(vars(layer))
+        size = stored_bytes(t for t in held if isinstance(t, torch.Tensor) and t.dim() > 1)
+        keys = getattr(layer, "keys", None)
+        grows = isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.shape[-2] == filled
+        cached += size * read / filled if grows else size
+    return int(bench.decode_weight_bytes + cached) if bench.decode_weight_bytes and cached else None
 
 
 def measure_prefill(bench: Bench, result: Result) -> None:
@@ -3361,9 +3337,8 @@ def measure_prefill(bench: Bench, result: Result) -> None:
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
     begin = time.perf_counter()
     while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
-        status(f"prefill of {tokens} tokens")
-        done = generate(bench, ids, lambda *_: False, max_new_tokens=1, do_sample=False)
-        rates.append(tokens / done.token_times[0])
+        _, (ttft_s,), _ = generate(bench, prompt=ids, max_new_tokens=1, do_sample=False)
+        rates.append(tokens / ttft_s)
     result.prefill_rates = rates[1:] or rates
     result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
     save(result)
@@ -3378,7 +3353,7 @@ def kernels_of_a_step(bench: Bench) -> dict[str, int]:
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
     # from the first token on, so that prefill does not count
     start = lambda tokens, _: profiler.start() if tokens == 1 else None
-    generate(bench, bench.prompt, start, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    generate(bench, start, max_new_tokens=2, do_sample=False, eos_token_id=None)
     profiler.stop()
     calls = {event.key: event.count for event in profiler.key_averages() if re.search(PRODUCTS, event.key)}
     return dict(sorted(calls.items(), key=lambda item: -item[1]))
@@ -3389,13 +3364,13 @@ def try_torch_compile(bench: Bench, result: Result) -> None:
     options = generation_options(bench) | {"max_new_tokens": min(bench.new_tokens, 32), "eos_token_id": None}
     wrapped, graphs = dataclasses.replace(bench, model=torch.compile(bench.model)), graphs_compiled()
     found = TorchCompile(graphs=0, new_tokens=options["max_new_tokens"])
-    generate(wrapped, bench.prompt, lambda *_: False, **options)  # compiles, on the day when it does
+    generate(wrapped, **options)  # compiles, on the day when it does
     for i in range(TORCH_COMPILE_PAIRS):
         status(f"torch.compile(model) as written: pair {i + 1} of {TORCH_COMPILE_PAIRS}")
         pair = [(found.wrapped_s, wrapped), (found.bare_s, bench)]
         for seconds, one in pair if i % 2 else pair[::-1]:
             torch.manual_seed(bench.settings.seed)
-            seconds.append(generate(one, one.prompt, lambda *_: False, **options).latency_s)
+            seconds.append(generate(one, **options)[-1])
     found.graphs = graphs_compiled() - graphs
     result.torch_compile = found
     save(result)
@@ -3412,15 +3387,15 @@ def measure_quality(bench: Bench, result: Result, folder: Path) -> None:
     reference's rows stay on disk, so a large vocabulary costs little memory.
     """
     s, tokens_file = bench.settings, folder / "tokens.json"
-    result.is_reference = not tokens_file.exists()
-    known = {} if result.is_reference else json.loads(tokens_file.read_text())
+    is_reference = not tokens_file.exists()
+    known = {} if is_reference else json.loads(tokens_file.read_text())
     positions = len(known["tokens"]) if known else min(s.quality_tokens, bench.positions_left)
     kl, same = [], []
 
     def keep_or_force(ids: Any, scores: Any) -> Any:
         # a broken model's NaN must not pass unseen, and its infinities must not make another
         q = torch.log_softmax(scores[0].float().nan_to_num(0, 1e4, -1e4), -1)
-        if result.is_reference:
+        if is_reference:
             q.cpu().numpy().tofile(rows)
             return scores
         p = torch.from_numpy(np.fromfile(rows, np.float32, len(q))).to(q.device)
@@ -3430,27 +3405,27 @@ def measure_quality(bench: Bench, result: Result, folder: Path) -> None:
         forced[0, known["tokens"][len(kl) - 1]] = 0
         return forced
 
-    title = "the reference answer" if result.is_reference else "quality on the reference answer"
+    title = "the reference answer" if is_reference else "quality on the reference answer"
 
     def progress(tokens: int, seconds: float) -> bool:
         if tokens % 8 == 0:
             status(f"{title}: {tokens} of {positions} tokens", tokens / positions)
         # a slow machine gets a shorter reference, the same for all
-        return result.is_reference and seconds >= s.max_seconds
+        return is_reference and seconds >= s.max_seconds
 
     options = {"max_new_tokens": positions, "do_sample": False, "repetition_penalty": 1.0}
-    with reference_file(folder, "wb" if result.is_reference else "rb") as rows:
-        answer = generate(bench, bench.prompt, progress, logits_processor=[keep_or_force], **options)
-        if result.is_reference:  # its tokens last and at once: with them there is a reference
+    with reference_file(folder, "wb" if is_reference else "rb") as rows:
+        new, _, _ = generate(bench, progress, logits_processor=[keep_or_force], **options)
+        if is_reference:  # its tokens last and at once: with them there is a reference
             part = folder / "tokens.part"
-            part.write_text(json.dumps({"name": result.label, "tokens": answer.tokens}))
+            part.write_text(json.dumps({"name": result.label, "tokens": new}))
             os.replace(part, tokens_file)
-    if not result.is_reference:
+            result.is_reference = True
+    if not is_reference:
         error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
-        shares = statistics.fmean(same), *wilson(sum(same), len(same))
-        result.quality = Quality(
-            known["name"], len(kl), statistics.fmean(kl), error, percentile(kl, 99), *shares
-        )
+        divergence = statistics.fmean(kl), error, percentile(kl, 99)
+        agreement = statistics.fmean(same), *wilson(sum(same), len(same))
+        result.quality = Quality(known["name"], len(kl), *divergence, *agreement)
     save(result)
 
 
@@ -3492,9 +3467,9 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
     with step("reading the model's configuration"):
         meta_model = make_meta_model(s, folder)
         result.concerns_all = False
-        notes = place_model(bench, meta_model, stored or expected_bytes(meta_model, result.name))
-        bench.handles, reasons = nvml_handles(bench.devices)
-        result.devices, result.notes = bench.devices, result.notes + notes + reasons
+        place_model(bench, meta_model, stored or expected_bytes(meta_model, result.name))
+        bench.handles, notes = nvml_handles(bench.devices)
+        result.devices, result.notes = bench.devices, result.notes + notes
         result.environment = describe_environment(bench.devices, bench.handles)
     with step("measuring the memory's bandwidth"):
         result.memory_bytes_per_s = {device: memory_bandwidth(device) for device in bench.devices}
@@ -3548,22 +3523,20 @@ def measure_compiled(bench: Bench, result: Result) -> None:
         result.compiled = Compiled(bench.compiled.way, seconds, bench.compiled.graphs)
         save(result)
     with step("running the compiled model"):
-        result.warmup, graphs = warmup_runs(bench, "warm-up"), graphs_compiled()
+        result.warmup, graphs = warmup_runs(bench), graphs_compiled()
         timed_runs(bench, result, result.compiled, s.runs)
         result.compiled.recompilations = graphs_compiled() - graphs
 
 
 def measure(result: Result, reference: str | None, on_terminal: bool = False, debug: bool = False) -> None:
-    """Load and measure one configuration into `result`, saved whenever it has grown, so that nothing is lost.
-
-    `reference` is a folder in which the first precision leaves its answer, and the later ones find it. Prints nothing; a
-    failure becomes a field of the Result.
+    """Load and measure one configuration into `result`; a failure becomes a field of it. `reference`: a folder for the
+    answer that quality is judged on.
     """
     s, bench = result.settings, Bench(result.settings)
     try:
         load(bench, result, *set_up(bench, result, on_terminal))
         with step("running the model"):
-            result.warmup = warmup_runs(bench, "warm-up")
+            result.warmup = warmup_runs(bench)
             # alone, the eager model is only the compiled step's measure: one run
             timed_runs(bench, result, result, 1 if s.compile and not s.compare else s.runs)
             result.kernels = kernels_of_a_step(bench)

@@ -32,7 +32,7 @@ def main(argv: list[str], pairs: int = 24) -> None:
     bench.new_tokens, bench.positions_left = s.compare_tokens, 4096
     if s.compile:
         bench.compiled = q.prepare_compiled_decode(model, prompt.shape[1] + s.compare_tokens)
-    bare = q.generation_options(bench) | {"attention_mask": torch.ones_like(prompt)}
+    bare = q.generation_options(bench) | {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
     bare |= bench.compiled.options if bench.compiled else {}
     q.CHANNEL = open(os.devnull, "w")  # noqa: SIM115 (a worker speaks into a pipe)
 

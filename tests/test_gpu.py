@@ -124,7 +124,7 @@ def test_bandwidth():
 def test_speed(bench):
     """tokens/s against a stopwatch around a bare generate(), TTFT against max_new_tokens=1; pairs, alternating."""
     short = replace(bench, new_tokens=16)
-    bare = dict(q.generation_options(short), attention_mask=torch.ones_like(bench.prompt))
+    bare = q.generation_options(short) | {"attention_mask": torch.ones_like(bench.prompt), "pad_token_id": 0}
 
     def stopwatch(seed, **more):
         torch.manual_seed(seed)

@@ -102,7 +102,7 @@ def test_the_warm_up_keeps_max_new_tokens_and_ends_early(time):
 def test_short_warm_up_runs_are_repeated(time):
     def runs(wanted):
         model = FakeModel(time, [1] * 4, gap=0.25, first=0.5)  # 1.5 s each
-        return len(q.warmup_runs(bench(model, warmup_runs=wanted), "warm-up"))
+        return len(q.warmup_runs(bench(model, warmup_runs=wanted)))
 
     assert [runs(0), runs(1), runs(6)] == [0, 4, 6]
 
@@ -236,7 +236,7 @@ def test_a_busy_processor_is_noted(monkeypatch):
         assert len(q.busy_note("at the start")) == notes
 
 
-def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch):
+def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch, messages):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False, dtype=torch.float32, device="meta"))
     model.get_output_embeddings = lambda: None
     free, total = {"cuda:0": 200, "cuda:1": 1000}, [1000]
@@ -245,14 +245,14 @@ def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch):
 
     def place():
         mine = q.Bench(settings(weights=None), list(free))
-        return q.place_model(mine, model, 256), mine.devices
+        q.place_model(mine, model, 256)
+        return mine.devices, "tried all the same" in messages[-1]["log"]
 
-    assert place() == ([], ["cuda:1"])
+    assert place() == (["cuda:1"], False)
     free["cuda:1"] = 200
-    assert place() == ([], ["cuda:0", "cuda:1"])
+    assert place() == (["cuda:0", "cuda:1"], False)
     free["cuda:1"] = 10
-    notes, devices = place()
-    assert devices == ["cuda:0", "cuda:1"] and "tried all the same" in notes[0]
+    assert place() == (["cuda:0", "cuda:1"], True)
     total[0] = 100
     with pytest.raises(q.Failure, match="need"):
         place()

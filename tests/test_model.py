@@ -3,12 +3,14 @@
 import inspect
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUESTION, make_model
 from optimum.quanto.library.extensions import extension
 from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearFunction
+from results import run as run_of
 from results import settings
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, QuantoConfig
 
@@ -74,10 +76,23 @@ def test_bytes_read_of_the_cache_that_generate_filled(tmp_path):
         return_dict_in_generate=True,
     )  # fmt: skip
     a_token = 2 * 2 * 2 * 2 * 32  # bytes, keys and values, layers, heads, width
-    filled = 3 + 8 - 1  # the last token is never fed
-    assert q.cache_read_bytes(output.past_key_values, filled, filled) == filled * a_token
-    assert q.cache_read_bytes(output.past_key_values, filled, 7) == 7 * a_token
-    assert q.cache_read_bytes(None, filled, 7) is None
+    bench, run = q.Bench(settings(), decode_weight_bytes=1000), run_of(2.0, tokens=8, prompt_tokens=3)
+    assert q.decode_read_bytes(bench, run) is None  # no cache that is known
+    bench.cache = output.past_key_values  # of 10 tokens: the last one is never fed
+    assert q.decode_read_bytes(bench, run) == 1000 + 7 * a_token
+    bench.decode_weight_bytes = None
+    assert q.decode_read_bytes(bench, run) is None
+
+
+def test_windows_and_states_are_read_whole():
+    """A window of 4 tokens beside a full layer, and a state beside none."""
+    tensor = lambda tokens: torch.zeros(1, 2, tokens, 32, dtype=torch.bfloat16)
+    full, window = (SimpleNamespace(keys=tensor(n), values=tensor(n)) for n in (10, 4))
+    state = SimpleNamespace(conv_states={0: torch.zeros(1, 64, 4), 1: None}, length=torch.tensor(3))
+    cache = SimpleNamespace(layers=[full, window, state])
+    bench = q.Bench(settings(), decode_weight_bytes=1000, cache=cache)
+    read = q.decode_read_bytes(bench, run_of(2.0, tokens=8, prompt_tokens=3))
+    assert read == 1000 + 7 * 256 + 4 * 256 + 64 * 4 * 4
 
 
 def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
@@ -134,7 +149,7 @@ def test_the_default_model_needs_no_file_and_has_its_published_size():
     assert sum(p.numel() for p in meta_model.parameters()) == 3_085_938_688
     assert q.expected_bytes(meta_model, "none") / 1e9 == pytest.approx(6.172, abs=0.001)
     assert q.expected_bytes(meta_model, "int8") / 1e9 == pytest.approx(3.399, abs=0.001)
-    assert len(q.linear_names(meta_model)) == 252
+    assert len(q.linear_layers(meta_model)) == 252
 
 
 def test_gpt2_has_nothing_to_quantize_and_the_report_says_so(tmp_path):
