@@ -2521,8 +2521,6 @@ def describe_error(error: Exception, advice: str) -> tuple[str, bool]:
     for sign, told in KNOWN_ERRORS.items():
         if sign.lower() in text.lower():
             return told, told.startswith("needs")
-    if isinstance(error, ImportError):
-        return f"{first_line(error)}: pip install -r requirements.txt", False
     told = f"{type(error).__name__} while {doing}: {first_line(error)} (--debug shows more)"
     return told, isinstance(error, NotImplementedError)  # no such operation on MPS
 
@@ -3209,19 +3207,19 @@ def generation_options(bench: Bench) -> dict[str, Any]:
 
 
 def generate(
-    bench: Bench, on_token: Callable[[int, float], Any] | None = None, prompt: Any = None, **options: Any
+    bench: Bench, title: str, timeout_s: float = math.inf, least: int = 0, prompt: Any = None, **options: Any
 ) -> tuple[list[int], list[float], float]:
     """One generate(): the new tokens, seconds from its start until each of them, and until its end.
 
-    It ends early once `on_token` (tokens so far, seconds so far) is true.
-
-    The time of every token is taken by a stopping criterion, which is called after sampling. On CUDA it records an event:
-    waiting for the device would keep the host from launching the rest of the step (that and a heavier `peak_memory` cost a
-    compiled token on an H100 4.6 %). On MPS it waits, since events are unreliable there (pytorch #196395), and is called
-    once more than there are tokens (transformers generation/utils.py, DeferredStopCheck).
+    It ends early after `timeout_s`, but has `least` tokens. The time of every token is taken by a stopping criterion, which
+    is called after sampling. On CUDA it records an event: waiting for the device would keep the host from launching the
+    rest of the step (that and a heavier `peak_memory` cost a compiled token on an H100 4.6 %). On MPS it waits, since events
+    are unreliable there (pytorch #196395), and is called once more than there are tokens (transformers
+    generation/utils.py, DeferredStopCheck).
     """
     prompt = bench.prompt if prompt is None else prompt
-    device, events = prompt.device, []  # of the start and of each token: CUDA events or seconds
+    device, shown = prompt.device, 0.0
+    events = []  # of the start and of each token: CUDA's, or seconds
 
     def mark() -> None:
         if device.type == "cuda":
@@ -3232,8 +3230,14 @@ def generate(
             events.append(time.perf_counter())
 
     def after_token(input_ids: Any, scores: Any, **_: Any) -> bool:
+        nonlocal shown
         mark()
-        return bool(on_token and on_token(len(events) - 1, time.perf_counter() - begin))
+        tokens, seconds = len(events) - 1, time.perf_counter() - begin
+        if seconds - shown > 0.2:
+            shown = seconds
+            done = min(1.0, max(tokens / options["max_new_tokens"], seconds / timeout_s))
+            status(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", done)
+        return seconds >= timeout_s and tokens >= least
 
     options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [after_token]}
     options |= {"pad_token_id": 0}  # one sequence is never padded; None would be warned of
@@ -3253,26 +3257,16 @@ def generate(
 def run_once(bench: Bench, seed: int, title: str, warm_up: bool = False) -> Run:
     """One timed generation of the question; a warm-up ends early, after WARMUP_TOKENS and WARMUP_S."""
     timeout_s, least = (WARMUP_S, WARMUP_TOKENS) if warm_up else (bench.settings.max_seconds, 0)
-    shown, timed_out = 0.0, False
-
-    def progress(tokens: int, seconds: float) -> bool:
-        nonlocal shown, timed_out
-        if seconds - shown > 0.2:
-            shown = seconds
-            done = None if warm_up else min(1.0, max(tokens / bench.new_tokens, seconds / timeout_s))
-            status(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", done)
-        timed_out = seconds >= timeout_s and tokens >= least
-        return timed_out
-
     torch.manual_seed(seed)
     energy = energy_j(bench.handles)
-    new, times, latency_s = generate(bench, progress, **generation_options(bench))
+    new, times, latency_s = generate(bench, title, timeout_s, least, **generation_options(bench))
     spent = {d: now - energy[d] for d, now in energy_j(bench.handles).items() if d in energy}
+    ended_early = "time" if latency_s >= timeout_s else "eos"
     return Run(
         seed=seed,
         prompt_tokens=bench.prompt.shape[1],
         generated_tokens=len(new),
-        stop_reason="length" if len(new) == bench.new_tokens else "time" if timed_out else "eos",
+        stop_reason="length" if len(new) == bench.new_tokens else ended_early,
         latency_s=latency_s,
         ttft_s=times[0],
         decode_tokens_per_s=(len(new) - 1) / (times[-1] - times[0]) if len(new) > 1 else None,
@@ -3337,7 +3331,8 @@ def measure_prefill(bench: Bench, result: Result) -> None:
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
     begin = time.perf_counter()
     while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
-        _, (ttft_s,), _ = generate(bench, prompt=ids, max_new_tokens=1, do_sample=False)
+        title = f"prefill of {tokens} tokens"
+        _, (ttft_s,), _ = generate(bench, title, prompt=ids, max_new_tokens=1, do_sample=False)
         rates.append(tokens / ttft_s)
     result.prefill_rates = rates[1:] or rates
     result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
@@ -3349,12 +3344,10 @@ PRODUCTS = r"quanto::(?!qbytes_mm)|_weight_int\dpack_mm|aten::(mm|bmm|addmm|mkld
 
 
 def kernels_of_a_step(bench: Bench) -> dict[str, int]:
-    """Name -> calls, of the matrix products within one eager decode step, by torch's profiler."""
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    # from the first token on, so that prefill does not count
-    start = lambda tokens, _: profiler.start() if tokens == 1 else None
-    generate(bench, start, max_new_tokens=2, do_sample=False, eos_token_id=None)
-    profiler.stop()
+    """Name -> calls, of the matrix products of one token, as in an eager decode step, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        token = bench.prompt[:, -1:]
+        generate(bench, "looking which kernels run", prompt=token, max_new_tokens=1, do_sample=False)
     calls = {event.key: event.count for event in profiler.key_averages() if re.search(PRODUCTS, event.key)}
     return dict(sorted(calls.items(), key=lambda item: -item[1]))
 
@@ -3364,13 +3357,13 @@ def try_torch_compile(bench: Bench, result: Result) -> None:
     options = generation_options(bench) | {"max_new_tokens": min(bench.new_tokens, 32), "eos_token_id": None}
     wrapped, graphs = dataclasses.replace(bench, model=torch.compile(bench.model)), graphs_compiled()
     found = TorchCompile(graphs=0, new_tokens=options["max_new_tokens"])
-    generate(wrapped, **options)  # compiles, on the day when it does
+    title = "torch.compile(model) as written"
+    generate(wrapped, title, **options)  # compiles, on the day when it does
     for i in range(TORCH_COMPILE_PAIRS):
-        status(f"torch.compile(model) as written: pair {i + 1} of {TORCH_COMPILE_PAIRS}")
         pair = [(found.wrapped_s, wrapped), (found.bare_s, bench)]
         for seconds, one in pair if i % 2 else pair[::-1]:
             torch.manual_seed(bench.settings.seed)
-            seconds.append(generate(one, **options)[-1])
+            seconds.append(generate(one, title, **options)[-1])
     found.graphs = graphs_compiled() - graphs
     result.torch_compile = found
     save(result)
@@ -3406,16 +3399,10 @@ def measure_quality(bench: Bench, result: Result, folder: Path) -> None:
         return forced
 
     title = "the reference answer" if is_reference else "quality on the reference answer"
-
-    def progress(tokens: int, seconds: float) -> bool:
-        if tokens % 8 == 0:
-            status(f"{title}: {tokens} of {positions} tokens", tokens / positions)
-        # a slow machine gets a shorter reference, the same for all
-        return is_reference and seconds >= s.max_seconds
-
+    timeout_s = s.max_seconds if is_reference else math.inf  # the reference may be short, for all the same
     options = {"max_new_tokens": positions, "do_sample": False, "repetition_penalty": 1.0}
     with reference_file(folder, "wb" if is_reference else "rb") as rows:
-        new, _, _ = generate(bench, progress, logits_processor=[keep_or_force], **options)
+        new, _, _ = generate(bench, title, timeout_s, logits_processor=[keep_or_force], **options)
         if is_reference:  # its tokens last and at once: with them there is a reference
             part = folder / "tokens.part"
             part.write_text(json.dumps({"name": result.label, "tokens": new}))

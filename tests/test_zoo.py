@@ -11,6 +11,7 @@ import optimum.quanto
 import pytest
 import torch
 import zoo
+from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
 from results import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -224,7 +225,9 @@ def test_routers_that_inherit_from_linear_are_left_alone_and_nothing_else_is(tmp
         assert len(told) == (1 if router else 0)
 
 
-def test_the_report_hears_what_was_mended(tmp_path):
+def test_the_report_hears_what_was_mended(tmp_path, monkeypatch):
+    q.mend_quanto()
+    monkeypatch.setattr(WeightQBitsTensor, "create", WeightQBitsTensor.create)  # a load below replaces it
     zoo.save_model("llama 200", tmp_path / "odd")
     zoo.save_model("llama", tmp_path / "even")
     zoo.save_model("mamba", tmp_path / "transposed")
@@ -234,6 +237,12 @@ def test_the_report_hears_what_was_mended(tmp_path):
     assert told["even", "int4"] == []
     assert "compiles a C++ extension" in " ".join(told["odd", "int4"])
     assert "as they lie" in " ".join(compare(tmp_path / "transposed", "int8")[3])
+    # the compiled step wants plain layers on a CPU, which Quanto as shipped would not make
+    q.MENDED.clear()
+    s = settings(device="cpu", model_name=str(tmp_path / "even"), weights="int4", compile=True)
+    plain = q.load_model(s, str(tmp_path / "even"), q.make_meta_model(s, str(tmp_path / "even")), ["cpu"])
+    assert q.weight_stats(plain, ["cpu"])["weight_types"] == {"WeightQBitsTensor": 14}
+    assert q.quanto_defects(plain) == []
 
 
 def test_quanto_as_shipped_is_left_as_shipped():
