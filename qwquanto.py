@@ -1503,6 +1503,7 @@ import platform
 import traceback
 import types
 import warnings
+from collections import defaultdict
 from importlib.metadata import version
 
 import huggingface_hub
@@ -1526,6 +1527,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, QuantoConfig, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -1541,6 +1543,10 @@ except ImportError:  # no GPU that Triton knows
 
 # A warm-up run ends when it has had both, and warm-up only after so many seconds: a GPU machine is slow at first.
 WARMUP_TOKENS, WARMUP_S = 16, 5
+PREFILL_S = 10  # after which prefill is measured no more
+GENERATION = (  # the settings of generate() that the report names
+    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "eos_token_id",
+)  # fmt: skip
 CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
 TORCH_COMPILE_PAIRS, TORCH_COMPILE_S = (
     5,
@@ -1997,27 +2003,32 @@ def reference_file(folder: Path, mode: str) -> Iterator[BinaryIO]:
 
 # ----------------------------------------------------------------------------------------------------- model
 
-INT4_ROWS = {
-    "cpu": 16,
-    "cuda": 8,
-}  # TinyGemm, the 4-bit kernel, wants a multiple of so many rows (out_features)
-COPIED: set[str] = set()  # precisions whose kernel was handed activations that it cannot take as they lie
+INT4_ROWS = {"cpu": 16, "cuda": 8}  # TinyGemm, the 4-bit kernel, wants a multiple of so many rows
+DEFECTS = {  # what was mended -> what Quanto as shipped does; "{}" layers
+    "int8 shape": "'s int8 can crash or answer wrongly on a CPU: {} layers have no multiple of 16 inputs",
+    "strides": "'s kernel stops or crashes: it does not take activations as they lie in this model",
+    "int4 shape": "'s int4 cannot be loaded here: its kernel does not take the output size of {} layers",
+    "zeros": "'s float8 answers NaN: {} layers have a row of zeros",
+    "extension": " compiles a C++ extension before the first answer",
+    "bias": "'s float8 compiles a CUDA extension, which then leaves out the bias of up to {} layers",
+    "routers": " makes plain linear layers of {} layers that do more",
+}
+MENDED: dict[str, set[int]] = defaultdict(set)  # one of DEFECTS -> addresses, one for each layer
 
 
 def mend_quanto(leave_kernels: bool = False) -> None:
     """Keep Quanto from building extensions, losing biases and crashing. Seen in optimum-quanto 0.2.7, torch 2.13.0.
 
-    - tensor/weights/marlin/fp8/qbits.py:30: the float8 Marlin kernel takes a bias and never adds it, so on CUDA every
-      model with biases answers wrong. Without "quanto_cuda" float8 takes quanto::qbytes_mm, right and nothing to build.
-    - library/extensions/extension.py:47: `unpack` (int2; int4 without TinyGemm) compiles an extension of minutes, which
-      a stale lock file makes hang, for what is one line of torch.
+    - tensor/weights/marlin/fp8/qbits.py:30: the float8 Marlin kernel never adds its bias; without "quanto_cuda" float8
+      takes quanto::qbytes_mm.
+    - library/extensions/extension.py:47: `unpack` (int2; int4 without TinyGemm) compiles for minutes, and a stale lock
+      file makes it hang.
     - library/qbytes_mm.py:101 calls torch._weight_int8pack_mm for every in_features % 4 == 0, see `int8_product`.
-    - tensor/weights/qbits.py:119 takes TinyGemm whatever the shape. torch packs 16 rows at a time on a CPU and multiplies
-      8 at a time on CUDA (aten/src/ATen/native/cuda/int4mm.cu, _weight_int4pack_mm_cuda), and refuses activations that
-      are not contiguous, which tensor/weights/tinygemm/qbits.py:53 does not ask.
+    - tensor/weights/qbits.py:119 takes TinyGemm whatever the shape, tensor/weights/tinygemm/qbits.py:53 whatever the
+      strides; the kernels refuse (aten/src/ATen/native/cuda/int4mm.cu, _weight_int4pack_mm_cuda).
     - tensor/optimizers/absmax_optimizer.py:35: a row of zeros gets the scale 0, and float8 then holds 0 / 0.
 
-    With `leave_kernels` nothing is touched. A second call changes nothing.
+    A second call changes nothing.
     """
     if leave_kernels or hasattr(qbytes_mm, "shipped"):
         return
@@ -2027,7 +2038,7 @@ def mend_quanto(leave_kernels: bool = False) -> None:
     qbytes_mm.shipped = qbytes_mm.qbytes_int8pack_mm
     qbytes_mm.qbytes_int8pack_mm = int8_product  # qbytes_mm_impl_cpu looks the name up when it is called
     create, multiply = WeightQBitsTensor.create, TinyGemmQBitsLinearFunction.forward
-    absmax = AbsmaxOptimizer.optimize
+    find_scale = AbsmaxOptimizer.optimize
 
     def create_if_it_fits(qtype, axis, group_size, size, stride, data, scale, shift, requires_grad=False):
         fits = size[0] % INT4_ROWS.get(data.device.type, 1) == 0
@@ -2035,12 +2046,15 @@ def mend_quanto(leave_kernels: bool = False) -> None:
         return make(qtype, axis, group_size, size, stride, data, scale, shift, requires_grad)
 
     def multiply_contiguous(ctx, x, weight, bias):
-        COPIED.update([] if x.is_contiguous() else ["int4"])
+        if not x.is_contiguous():
+            MENDED["strides"].add(0)
         return multiply(ctx, x.contiguous(), weight, bias)
 
     def scale_above_zero(self, base, qtype, axis=None):
-        scale = absmax(self, base, qtype, axis)
-        return torch.where(scale == 0, torch.ones_like(scale), scale)
+        scale = find_scale(self, base, qtype, axis)
+        if qtype.is_floating_point and (scale == 0).any():
+            MENDED["zeros"].add(scale.data_ptr())
+        return scale.masked_fill_(scale == 0, 1)
 
     WeightQBitsTensor.create = staticmethod(create_if_it_fits)
     TinyGemmQBitsLinearFunction.forward = staticmethod(multiply_contiguous)
@@ -2059,9 +2073,10 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
     by loads that want addresses that are multiples of 32 bytes: elsewhere segmentation faults or garbage.
     """
     if x.shape[-1] % 16:
+        MENDED["int8 shape"].add(weight.data_ptr())
         return qbytes_mm.qbytes_mm(x, weight, scale)
     if not x.is_contiguous() or x.data_ptr() % 32:
-        COPIED.add("int8")
+        MENDED["strides"].add(0)
         x = x.clone(memory_format=torch.contiguous_format)
     return qbytes_mm.shipped(x, weight, scale)
 
@@ -2074,71 +2089,42 @@ def is_linear(module: torch.nn.Module) -> bool:
     return plain or type(module).__name__ == "FalconLinear"  # x @ weight.T + bias, written out
 
 
-def modules_to_skip(model: transformers.PreTrainedModel) -> list[str]:
+def routers(model: Any) -> list[str]:
+    """Names of the layers that inherit from nn.Linear and do more."""
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not is_linear(m)]
+
+
+def modules_to_skip(model: Any) -> list[str]:
     """What QuantoConfig(modules_to_not_convert=…) must name for right answers; a model on the meta device will do.
 
     transformers' integrations/quanto.py:91 replaces every subclass of nn.Linear, and what its forward does is lost. The
     list replaces the default one (quantizers/base.py:268), hence its names come first. Names are regular expressions, up
     to 5.17 of any prefix (quantizers/quantizers_utils.py, should_convert_module): hence the mark of the end.
     """
-    lost = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not is_linear(m)]
-    return sorted(get_keys_to_not_convert(model)) + [f"{re.escape(name)}$" for name in lost]
+    return sorted(get_keys_to_not_convert(model)) + [f"{re.escape(name)}$" for name in routers(model)]
 
 
-def quanto_defects(model: transformers.PreTrainedModel) -> list[str]:
-    """What was mended for a model, once it is loaded and has run: the sentences of the report, "as shipped, Quanto …"."""
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    layers = [(m, m.weight.data) for m in linear if hasattr(m.weight.data, "_qtype")]
-    if not layers:
-        return []
-
-    def count(name: str, holds: Callable[..., bool]) -> int:
-        mine = [(m, w, *w.shape) for m, w in layers if w._qtype.name.startswith(name)]
-        return sum(bool(holds(m, w, w.device.type, rows, columns)) for m, w, rows, columns in mine)
-
-    bf16 = torch.bfloat16
-    odd8 = count("qint8", lambda m, w, d, r, c: (d, w.dtype) == ("cpu", bf16) and c % 4 == 0 < c % 16)
-    takes_tinygemm = lambda w: w._qtype.bits == 4 and w.dtype == bf16 and w._group_size == 128
-    odd4 = count("qint4", lambda m, w, d, r, c: takes_tinygemm(w) and r % INT4_ROWS.get(d, 1))
-    plain = count("qint", lambda m, w, d, r, c: type(w) is WeightQBitsTensor and not takes_tinygemm(w))
-    zeros = count("qfloat8", lambda m, w, d, r, c: (w._scale == 1).any())
-    bias = count(
-        "qfloat8", lambda m, w, d, r, c: d == "cuda" and m.bias is not None and r % 64 == c % 64 == 0
-    )
-    lost = sum(not is_linear(m) for m in linear)
-    copied = next(iter(COPIED & {layers[0][1]._qtype.name.removeprefix("q")}), "")
-    found = {
-        f"'s int8 can crash or answer wrongly on a CPU: the input size of {odd8} layers is no multiple of 16": odd8,
-        f"'s int4 cannot be loaded here: its kernel does not take the output size of {odd4} layers": odd4,
-        f"'s {copied} stops or crashes: its kernel does not take activations as they lie in this model": copied,
-        " compiles a C++ extension before the first answer": plain,
-        f"'s float8 answers NaN: {zeros} layers have a row of zeros": zeros,
-        f"'s float8 compiles a CUDA extension, which then leaves out the bias of up to {bias} layers": bias,
-        f" makes plain linear layers of {lost} layers that do more": lost,
-    }
-    return [f"as shipped, Quanto{what}" for what, true in found.items() if true]
+def quanto_defects(model: Any) -> list[str]:
+    """Sentences of the report about a quantized model that has been loaded and has run: "as shipped, Quanto …"."""
+    layers = Counter({name: len(addresses) for name, addresses in MENDED.items()})
+    layers["routers"] = len(routers(model))
+    for module in linear_layers(model):
+        weight, (rows, columns) = module.weight.data, module.weight.shape
+        if type(weight) is WeightQBitsTensor:
+            if (weight._qtype.bits, weight._group_size, weight.dtype) != (4, 128, torch.bfloat16):
+                layers["extension"] += 1
+            elif rows % INT4_ROWS.get(weight.device.type, 1):
+                layers["int4 shape"] += 1
+        elif hasattr(weight, "_qtype") and weight._qtype.is_floating_point and weight.is_cuda:
+            layers["bias"] += module.bias is not None and rows % 64 == columns % 64 == 0
+    return [f"as shipped, Quanto{DEFECTS[name].format(count)}" for name, count in layers.items() if count]
 
 
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "model_max_length", "seq_length",
-             "n_ctx")  # fmt: skip
-
-
-def max_positions(config: transformers.PreTrainedConfig) -> int | None:
-    """The longest sequence that a model takes, whatever its configuration calls it; None where no limit is known."""
+def max_positions(config: transformers.PreTrainedConfig) -> float:
+    """The longest sequence that a model takes, whatever its configuration calls it; infinite where none is named."""
     text = config.get_text_config()
-    values = (getattr(text, name, None) for name in POSITIONS)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
-
-
-def stored_dtype(folder: str) -> Any:
-    """The dtype of a checkpoint whose configuration names none, from its first file's header; None if unknown."""
-    kinds = {"F16": torch.float16, "BF16": torch.bfloat16}
-    for file in sorted(Path(folder).glob("*.safetensors"))[:1]:
-        with safetensors.safe_open(file, "pt") as opened:
-            names = opened.keys()
-            found = (kinds.get(opened.get_slice(name).get_dtype()) for name in names)
-            return next((dtype for dtype in found if dtype), None)
-    return None
+    names = ("max_position_embeddings", "max_seq_len", "seq_length", "model_max_length")
+    return next((getattr(text, name) for name in names if getattr(text, name, None)), math.inf)
 
 
 def make_meta_model(s: Settings, folder: str | None) -> Any:
@@ -2149,30 +2135,54 @@ def make_meta_model(s: Settings, folder: str | None) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=s.trust_remote_code)
     if s.random_weights:
         vars(config).pop("quantization_config", None)  # there are no such weights
-    own = config.dtype or (stored_dtype(folder) if folder else None) or torch.float32
-    dtype = own if s.dtype == "auto" else getattr(torch, s.dtype)
-    config.dtype = dtype
+    elif config.dtype is None:  # the checkpoint's own
+        file = Path(folder, weight_names(folder, os.listdir(folder))[0])
+        config.dtype = get_state_dict_dtype(load_state_dict(file, map_location="meta"))
+    if s.dtype != "auto":
+        config.dtype = getattr(torch, s.dtype)
+    config.dtype = config.dtype or torch.float32
+    options = {"dtype": config.dtype, "trust_remote_code": s.trust_remote_code}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=s.trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
-def linear_names(model: Any) -> list[str]:
-    """Names of the linear layers, as Quanto's transformers integration sees them: all but the output embedding."""
-    head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if is_linear(m) and m is not head]
+def linear_layers(model: Any) -> list[torch.nn.Module]:
+    """The linear layers, as Quanto's transformers integration sees them: all but the output embedding."""
+    return [m for m in model.modules() if is_linear(m) and m is not model.get_output_embeddings()]
 
 
 def expected_bytes(model: Any, precision: str) -> int:
     """Bytes that the weights of a meta model will take: 8-bit with a scale a row, fewer bits with two a group of 128."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    linear = [model.get_submodule(name).weight for name in linear_names(model)]
-    total, per_scale = sum(t.nbytes for t in tensors.values()), model.dtype.itemsize
+    total = sum(t.nbytes for t in tensors.values())
     if precision == "none":
         return total
-    for weight in linear:
+    for weight in (layer.weight for layer in linear_layers(model)):
         scales = weight.shape[0] if BITS[precision] == 8 else 2 * weight.numel() / 128
-        total += weight.numel() * BITS[precision] / 8 + scales * per_scale - weight.nbytes
+        total += weight.numel() * BITS[precision] / 8 + scales * model.dtype.itemsize - weight.nbytes
     return int(total)
+
+
+def place_model(bench: Bench, meta_model: Any, needed: int) -> None:
+    """Keep of the devices the first GPU that the model fits, else all; say what is coming.
+
+    Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried.
+    """
+    s, largest = bench.settings, max((m.weight.numel() for m in linear_layers(meta_model)), default=0)
+    peak = load_peak_bytes(needed, largest, s.weights)
+    roomy = next((d for d in bench.devices if max(needed * 1.1, peak) < memory_of(d)[0]), None)
+    bench.devices = [roomy] if roomy else bench.devices
+    free, total = map(sum, zip(*map(memory_of, bench.devices), strict=True))
+    sizes = {p: expected_bytes(meta_model, p) for p in PRECISIONS}
+    fits = [f"{p} ({gib(size)} GiB)" for p, size in sizes.items() if size * 1.1 < free and size < needed]
+    free_here = f"{gib(free)} GiB free on {', '.join(bench.devices)}"
+    bench.advice = f"{free_here}; " + (f"would fit: {', '.join(fits)}" if fits else SMALLER)
+    size = format_3g(sum(p.numel() for p in meta_model.parameters()), 1e9)
+    expected = f"{gib(needed)} GiB of weights expected (up to {gib(peak)} while loading)"
+    tried = ": tried all the same" if peak > free else ""
+    log(f"{s.model_name}, {s.weights or 'as stored'}: {size} B parameters, {expected}, {free_here}{tried}")
+    if needed > total:
+        raise Failure(f"the weights need {gib(needed)} of {gib(total)} GiB in all; {bench.advice}")
 
 
 def load_model(s: Settings, folder: str | None, meta_model: Any, devices: list[str]) -> Any:
@@ -2203,32 +2213,28 @@ def load_model(s: Settings, folder: str | None, meta_model: Any, devices: list[s
     return model.eval()
 
 
-def weight_stats(model: Any) -> dict[str, Any]:
+def weight_stats(model: Any, devices: list[str]) -> dict[str, Any]:
     """The fields of a Result about the weights: bytes, and how many layers Quanto really holds."""
-    linear = [model.get_submodule(name).weight for name in linear_names(model)]
-    inner = [getattr(weight, "data", weight) for weight in linear]
-    quantized = [w for w in inner if hasattr(w, "__tensor_flatten__")]
-    kinds = Counter(type(w).__name__ for w in quantized)
+    linear = [layer.weight.data for layer in linear_layers(model)]
+    quantized = [weight for weight in linear if hasattr(weight, "_qtype")]
+    parameters = list(model.parameters())
     # not Quanto's scales of activations: scalars that no quantized weight uses
     buffers = [b for name, b in model.named_buffers() if not name.endswith(ACTIVATION_SCALES)]
-    unique = {id(t): t for t in [*model.parameters(), *buffers]}.values()
-    places = {
-        d.removesuffix(":0") if d == "mps:0" else d for d in map(str, {p.device for p in model.parameters()})
-    }
+    # a wrapper reports numel and dtype of the unquantized weight: here that is what is wanted
+    unquantized = lambda tensors: sum(t.numel() * t.dtype.itemsize for t in tensors)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "weight_bytes": stored_bytes(unique),
+        "parameters": sum(p.numel() for p in parameters),
+        "weight_bytes": stored_bytes([*parameters, *buffers]),
         "device_weight_bytes": {
-            d: stored_bytes(p for p in model.parameters() if d in (str(p.device), p.device.type))
-            for d in sorted(places)
+            d: stored_bytes(p for p in parameters if str(p.device).startswith(d)) for d in devices
         },
-        # a wrapper reports numel and dtype of the unquantized weight: here that is what is wanted
-        "unquantized_bytes": sum(t.numel() * t.dtype.itemsize for t in unique),
-        "quantizable_bytes": sum(w.numel() * w.dtype.itemsize for w in inner),
+        "unquantized_bytes": unquantized({id(t): t for t in [*parameters, *buffers]}.values()),
+        "quantizable_bytes": unquantized(linear),
         "quantized_layers": len(quantized),
         "linear_layers": len(linear) + hasattr(model.get_output_embeddings(), "weight"),
-        "weight_types": dict(sorted(kinds.items())),
+        "skipped_layers": len(routers(model)) if quantized else 0,
+        "weight_types": dict(Counter(type(weight).__name__ for weight in quantized)),
     }
 
 
@@ -2244,106 +2250,41 @@ def decode_weight_bytes(model: Any) -> int | None:
     return stored_bytes(model.parameters()) - (0 if tied else stored_bytes([given.weight]))
 
 
-def cache_read_bytes(cache: Any, tokens: int, mean_tokens: float) -> float | None:
-    """Bytes of a KV cache filled with `tokens` that a decode step at `mean_tokens` reads; None for an unknown cache.
-
-    Keys and values that grow with the context are read in proportion; windows that slide and states are read whole.
-    """
-    total = 0.0
-    for layer in getattr(cache, "layers", None) or ():
-        tensors = [
-            t for value in vars(layer).values() for t in (value if isinstance(value, list) else [value])
-        ]
-        size = stored_bytes([t for t in tensors if isinstance(t, torch.Tensor) and t.dim() > 1])
-        keys = getattr(layer, "keys", None)
-        grows = isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.shape[-2] == tokens
-        total += size * mean_tokens / tokens if grows else size
-    return total or None
-
-
 def first_line(error: BaseException) -> str:
     """An exception's own words, cut to a line."""
     lines = str(error).strip().splitlines() or [""]
     return (lines[0] or type(error).__name__)[:300].rstrip(".: ")
 
 
-MISSING_TOOLS = {  # what an error's text says -> what this machine lacks
-    "No working C++ compiler": "a C++ compiler (Linux: apt install g++; Windows: Visual Studio Build Tools)",
-    "Failed to find C compiler": "a C compiler (Linux: apt install gcc)",
-    "Python.h": "Python's headers (apt install python3-dev)",
-    "working triton": "a working Triton (pip install triton; on Windows triton-windows)",
-    "No module named 'triton'": "Triton (pip install triton; on Windows triton-windows)",
+SMALLER = "ask for fewer tokens, or take a smaller model"
+# of CUDA and MPS, of the CPU on Linux and on Windows, of cuBLAS
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+KNOWN_ERRORS = {  # what an error's text says -> what the user is told
+    "No working C++ compiler": "needs a C++ compiler (apt install g++; Windows: Visual Studio Build Tools)",
+    "Failed to find C compiler": "needs a C compiler (Linux: apt install gcc)",
+    "Python.h": "needs Python's headers (apt install python3-dev)",
+    "working triton": "needs a working Triton (pip install triton; on Windows triton-windows)",
+    "No module named 'triton'": "needs Triton (pip install triton; on Windows triton-windows)",
+    "trust_remote_code": "the model runs code of its repository: read it, then add --trust-remote-code",
+    # transformers integrations/quanto.py:42 takes one tensor a layer
+    "automatic conversion": "transformers cannot quantize this checkpoint with Quanto: --weights none runs it",
+    # Quanto tensor/weights/qbytes.py:294
+    "Tensor cannot be changed": "Quanto cannot run this model: a layer reads weights in another dtype",
 }
 
 
-def suggest_precisions(meta_model: Any, free: float, needed: float = math.inf) -> str:
-    """The precisions whose weights fit into `free` bytes and are smaller than the `needed` ones, as advice."""
-    if meta_model is None:  # it failed before the model's size was known
-        return "close other programs, or take a smaller model"
-    sizes = {p: expected_bytes(meta_model, p) for p in PRECISIONS}
-    fits = [f"{p} ({gib(size)} GiB)" for p, size in sizes.items() if size * 1.1 < free and size < needed]
-    if not fits and needed * 1.1 < free:
-        return f"the weights alone ({gib(needed)} GiB) would fit: ask for fewer tokens"
-    return f"would fit: {', '.join(fits)}" if fits else "no precision fits: take a smaller model"
-
-
-def describe_error(error: Exception, bench: Bench) -> tuple[str, bool]:
+def describe_error(error: Exception, advice: str) -> tuple[str, bool]:
     """An exception in the user's words, and whether it is a lack of this machine (else it is a failure)."""
     text, doing = str(error), getattr(error, "step", "starting")
     if isinstance(error, Failure):
         return text, False
-    if "trust_remote_code" in text:
-        return "the model runs code of its repository: read it, then add --trust-remote-code", False
-    # of CUDA and MPS, of the CPU on Linux and on Windows, of cuBLAS
-    signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    if any(sign in text.lower() for sign in signs) or isinstance(error, MemoryError):
-        where = f"{gib(bench.free_bytes)} GiB were free on {', '.join(bench.devices)}"
-        advice = suggest_precisions(bench.meta_model, bench.free_bytes, bench.needed_bytes)
-        return f"out of memory while {doing}: {where}; {advice}", False
-    for sign, tool in MISSING_TOOLS.items():
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
+        return f"out of memory while {doing}: {advice}", False
+    for sign, told in KNOWN_ERRORS.items():
         if sign.lower() in text.lower():
-            return f"needs {tool}, which is missing here", True
-    if (
-        "issues during automatic conversion" in text
-    ):  # transformers integrations/quanto.py:42 takes one tensor a layer
-        return (
-            "transformers' loader for Quanto cannot quantize this checkpoint: --weights none runs it",
-            False,
-        )
-    if "cannot be changed" in text and "dtype of a" in text:  # Quanto tensor/weights/qbytes.py:294
-        return "Quanto cannot run this model: one of its layers reads weights in another dtype", False
-    if isinstance(error, ImportError):
-        return f"{first_line(error)}: pip install -r requirements.txt", False
-    if bench.devices == ["mps"] and isinstance(error, NotImplementedError):
-        return f"not possible on MPS with this torch ({first_line(error)})", True
-    return f"{type(error).__name__} while {doing}: {first_line(error)} (--debug shows more)", False
-
-
-def place_model(bench: Bench, notes: list[str]) -> list[str]:
-    """The devices to load on: the first GPU that the model fits, else all. Says what is coming before it comes.
-
-    Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried, with a note.
-    """
-    s, meta_model, devices, needed = bench.settings, bench.meta_model, bench.devices, bench.needed_bytes
-    largest = max(
-        (meta_model.get_submodule(name).weight.numel() for name in linear_names(meta_model)), default=0
-    )
-    peak = load_peak_bytes(needed, largest, s.weights)
-    roomy = next((d for d in devices if max(needed * 1.1, peak) < memory_of(d)[0]), None)
-    devices = [roomy] if roomy else devices
-    free, total = map(sum, zip(*map(memory_of, devices), strict=True))
-    where, size = ", ".join(devices), format_3g(sum(p.numel() for p in meta_model.parameters()), 1e9)
-    log(
-        f"{s.model_name}, {s.weights or 'as stored'}: {size} B parameters, {gib(needed)} GiB of weights expected (up to "
-        f"{gib(peak)} while loading), {gib(free)} GiB free on {where}"
-    )
-    if needed > total:
-        advice = suggest_precisions(meta_model, total)
-        raise Failure(f"the weights need {gib(needed)} GiB and {where} has {gib(total)} GiB in all; {advice}")
-    if peak > free:
-        free_there = f"{gib(free)} GiB are free on {where}"
-        notes.append(f"loading needs up to {gib(peak)} GiB, only {free_there}: tried all the same")
-    return devices
+            return told, told.startswith("needs")
+    told = f"{type(error).__name__} while {doing}: {first_line(error)} (--debug shows more)"
+    return told, isinstance(error, NotImplementedError)  # no such operation on MPS
 
 
 # ------------------------------------------------------------------------------------------- compiled decode
@@ -3006,211 +2947,170 @@ class Bench:
     settings: Settings
     devices: list[str] = field(default_factory=lambda: ["cpu"])
     handles: dict[str, Any] = field(default_factory=dict)  # device -> NVML's
-    meta_model: Any = None
-    free_bytes: float = 0.0  # on the devices, before loading
-    needed_bytes: float = math.inf  # of the weights
+    advice: str = SMALLER  # for a lack of memory
     model: Any = None
     tokenizer: Any = None
     prompt: Any = None  # token ids, shape [1, prompt tokens]
-    new_tokens: int = 0  # at most; exactly, if `ignore_eos`
-    positions_left: int = 0  # that the model has after the prompt
-    ignore_eos: bool = False
+    new_tokens: int = 0  # at most; exactly, in a comparison
+    positions_left: float = 0  # that the model has after the prompt
     decode_weight_bytes: int | None = None
     cache: Any = None  # the KV cache of the latest generation
     compiled: Any = None  # the CompiledDecode, once there is one
 
 
-@dataclass
-class TokenTimer:
-    """A stopping criterion that takes the time of every token: generate() asks it after sampling, once a token.
-
-    On CUDA it records an event: waiting for the device would keep the host from launching the rest of the step (that and
-    a heavier `peak_memory` cost a compiled token on an H100 4.6 %). Elsewhere it reads the host's clock. On MPS generate()
-    checks for the end one step late (transformers generation/utils.py, DeferredStopCheck), and waiting would undo that:
-    there only the first token's time is right, and the number of steps.
-    """
-
-    devices: list[str]
-    timeout_s: float = math.inf
-    min_tokens: int = 0  # before the time limit counts
-    on_token: Callable[[int, float], None] = lambda tokens, seconds: None  # tokens so far, seconds so far
-    stream: Any = None
-    begin: float = 0.0
-    events: list[Any] = field(default_factory=list)  # of the start and of each token: seconds or CUDA events
-    token_times: list[float] = field(default_factory=list)  # in seconds from the start
-    latency_s: float = 0.0
-
-    def mark(self) -> None:
-        if self.stream:
-            self.events.append(self.stream.record_event(torch.cuda.Event(enable_timing=True)))
-            return
-        if self.devices == ["mps"] and len(self.events) == 1:
-            torch.mps.synchronize()
-        self.events.append(time.perf_counter())
-
-    def start(self, device: Any) -> None:
-        """Begin, with everything done; `device` is where tokens are sampled."""
-        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        synchronize(self.devices)
-        self.begin = time.perf_counter()
-        self.mark()
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> bool:
-        self.mark()
-        tokens, seconds = len(self.events) - 1, time.perf_counter() - self.begin
-        self.on_token(tokens, seconds)
-        return seconds >= self.timeout_s and tokens >= self.min_tokens
-
-    def stop(self) -> None:
-        """End, when everything is done."""
-        synchronize(self.devices)
-        self.latency_s = time.perf_counter() - self.begin
-        first, *tokens = self.events
-        self.token_times = [first.elapsed_time(e) / 1000 if self.stream else e - first for e in tokens]
-
-
 def generation_options(bench: Bench) -> dict[str, Any]:
     """generate()'s options. max_new_tokens, since Qwen2.5's generation_config.json makes it ignore max_length."""
     s = bench.settings
-    # one sequence is never padded; None would be warned of
-    options = {"max_new_tokens": bench.new_tokens, "do_sample": s.do_sample, "pad_token_id": 0}
+    options = {"max_new_tokens": bench.new_tokens, "do_sample": s.do_sample}
     if s.do_sample:
         options["temperature"] = s.temperature
-    if bench.ignore_eos:
-        # ignored, not forbidden: min_new_tokens costs kernels for every token
+    if s.compare:  # all of them: the end is ignored, not forbidden, which costs kernels for every token
         options["eos_token_id"] = None
     return options
 
 
-def generate(bench: Bench, prompt: Any, timer: TokenTimer, **options: Any) -> Any:
-    """The token ids, shape [1, prompt + new], of one timed call of model.generate(); its cache stays in `bench`."""
-    options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [timer]}
+def generate(
+    bench: Bench, title: str, timeout_s: float = math.inf, least: int = 0, prompt: Any = None, **options: Any
+) -> tuple[list[int], list[float], float]:
+    """One generate(): the new tokens, seconds from its start until each of them, and until its end.
+
+    It ends early after `timeout_s`, but has `least` tokens. The time of every token is taken by a stopping criterion, which
+    is called after sampling. On CUDA it records an event: waiting for the device would keep the host from launching the
+    rest of the step (that and a heavier `peak_memory` cost a compiled token on an H100 4.6 %). On MPS it waits, since events
+    are unreliable there (pytorch #196395), and is called once more than there are tokens (transformers
+    generation/utils.py, DeferredStopCheck).
+    """
+    prompt = bench.prompt if prompt is None else prompt
+    device, shown = prompt.device, 0.0
+    events = []  # of the start and of each token: CUDA's, or seconds
+
+    def mark() -> None:
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            events.append(torch.cuda.current_stream(device).record_event(event))
+        else:
+            synchronize([device.type])
+            events.append(time.perf_counter())
+
+    def after_token(input_ids: Any, scores: Any, **_: Any) -> bool:
+        nonlocal shown
+        mark()
+        tokens, seconds = len(events) - 1, time.perf_counter() - begin
+        if seconds - shown > 0.2:
+            shown = seconds
+            done = min(1.0, max(tokens / options["max_new_tokens"], seconds / timeout_s))
+            status(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", done)
+        return seconds >= timeout_s and tokens >= least
+
+    options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [after_token]}
+    options |= {"pad_token_id": 0}  # one sequence is never padded; None would be warned of
     options |= bench.compiled.options if bench.compiled else {}
-    timer.start(prompt.device)
+    synchronize(bench.devices)
+    begin = time.perf_counter()
+    mark()
     output = bench.model.generate(prompt, return_dict_in_generate=True, **options)
-    timer.stop()
+    synchronize(bench.devices)
+    latency_s = time.perf_counter() - begin
     bench.cache = getattr(output, "past_key_values", None)
-    return output.sequences
+    new, first = output.sequences[0, prompt.shape[1] :].tolist(), events[0]
+    times = [first.elapsed_time(e) / 1000 if device.type == "cuda" else e - first for e in events[1:]]
+    return new, times[: len(new)], latency_s
 
 
 def run_once(bench: Bench, seed: int, title: str, warm_up: bool = False) -> Run:
     """One timed generation of the question; a warm-up ends early, after WARMUP_TOKENS and WARMUP_S."""
-    s, shown = bench.settings, 0.0
-
-    def progress(tokens: int, seconds: float) -> None:
-        nonlocal shown
-        if seconds - shown > 0.2:
-            shown = seconds
-            done = max(tokens / bench.new_tokens, seconds / timer.timeout_s) if not warm_up else None
-            status(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", done and min(done, 1.0))
-
-    limits = (WARMUP_S, WARMUP_TOKENS) if warm_up else (s.max_seconds, 0)
-    timer = TokenTimer(bench.devices, *limits, progress)
+    timeout_s, least = (WARMUP_S, WARMUP_TOKENS) if warm_up else (bench.settings.max_seconds, 0)
     torch.manual_seed(seed)
     energy = energy_j(bench.handles)
-    ids = generate(bench, bench.prompt, timer, **generation_options(bench))
+    new, times, latency_s = generate(bench, title, timeout_s, least, **generation_options(bench))
     spent = {d: now - energy[d] for d, now in energy_j(bench.handles).items() if d in energy}
-    new = ids[0, bench.prompt.shape[1] :].tolist()
-    times, on_mps = timer.token_times, bench.devices == ["mps"]
-    # on MPS a step may follow the last token: its time counts, so it counts as a step too
-    steps, decode_s = (len(times), timer.latency_s - times[0]) if on_mps else (len(new), times[-1] - times[0])
-    ends = bench.model.generation_config.eos_token_id
-    ended = not bench.ignore_eos and new[-1] in (ends if isinstance(ends, list) else [ends])
+    ended_early = "time" if latency_s >= timeout_s else "eos"
     return Run(
         seed=seed,
         prompt_tokens=bench.prompt.shape[1],
         generated_tokens=len(new),
-        stop_reason="eos" if ended else "length" if len(new) == bench.new_tokens else "time",
-        latency_s=timer.latency_s,
+        stop_reason="length" if len(new) == bench.new_tokens else ended_early,
+        latency_s=latency_s,
         ttft_s=times[0],
-        decode_tokens_per_s=(steps - 1) / decode_s if len(new) > 1 else None,
-        tokens_per_s=len(new) / timer.latency_s,
-        inter_token_s=[] if on_mps else [b - a for a, b in itertools.pairwise(times)],
+        decode_tokens_per_s=(len(new) - 1) / (times[-1] - times[0]) if len(new) > 1 else None,
+        tokens_per_s=len(new) / latency_s,
+        inter_token_s=[b - a for a, b in itertools.pairwise(times)],
         energy_j=spent or None,
         text=bench.tokenizer.decode(new, skip_special_tokens=True) if bench.tokenizer else "",
     )
 
 
-def warmup_runs(bench: Bench, title: str) -> list[Run]:
+def warmup_runs(bench: Bench) -> list[Run]:
     """WARMUP_RUNS untimed runs, and more until WARMUP_S have passed: a GPU machine needs seconds to reach its pace."""
     begin, runs = time.perf_counter(), []
     while len(runs) < bench.settings.warmup_runs or (runs and time.perf_counter() - begin < WARMUP_S):
-        runs.append(run_once(bench, bench.settings.seed + len(runs), title, warm_up=True))
+        runs.append(run_once(bench, bench.settings.seed + len(runs), "warm-up", warm_up=True))
     return runs
 
 
-def timed_runs(bench: Bench, result: Result, runs: list[Run], count: int, kind: str = "") -> None:
-    """`count` timed runs into `runs`, each handed on at once, with a line and the time to go."""
-    s = bench.settings
+def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: int) -> None:
+    """`count` timed runs, each handed on at once, with a line and the time to go: the Result's own, or its Compiled's."""
+    kind, runs = "compiled " if target is not result else "eager " * bench.settings.compile, target.runs
     with peak_memory(bench.devices, bench.handles) as peak:
         for i in range(count):
             left = duration((count - i) * median(r.latency_s for r in runs)) + " to go, " if runs else ""
-            run = run_once(bench, s.seed + i, f"{left}{kind}run {i + 1} of {count}")
+            name = f"{kind}run {i + 1} of {count}"
+            run = run_once(bench, bench.settings.seed + i, left + name)
             runs.append(run)
             result.memory["peak of runs"] = peak()
-            bytes_per_token = decode_read_bytes(bench, run)
-            used = utilization(result, runs, bytes_per_token)
-            target = result.compiled if runs is not result.runs else result
-            target.bytes_per_token, target.bandwidth_utilization = bytes_per_token, used
+            target.bytes_per_token = decode_read_bytes(bench, run)
+            target.bandwidth_utilization = utilization(result, runs, target.bytes_per_token)
             save(result)
-            rate = format_3g(run.decode_tokens_per_s)
-            tokens = plural(run.generated_tokens, "token")
-            log(f"{kind}run {i + 1} of {count}: {tokens}, {rate} tokens/s, {run.latency_s:.1f} s")
+            tokens, rate = plural(run.generated_tokens, "token"), format_3g(run.decode_tokens_per_s)
+            log(f"{name}: {tokens}, {rate} tokens/s, {run.latency_s:.1f} s")
 
 
 def decode_read_bytes(bench: Bench, run: Run) -> int | None:
-    """Bytes that a decode step of a run must read on average, weights and cache; None where that is unknown."""
-    weights, filled = bench.decode_weight_bytes, run.prompt_tokens + run.generated_tokens - 1
-    read = run.prompt_tokens + run.generated_tokens / 2
+    """Bytes that a decode step of a run must read on average, weights and cache; None where that is unknown.
+
+    Keys and values that grow with the context are read in proportion; windows that slide and states are read whole.
+    """
+    prompt, new, cached = run.prompt_tokens, run.generated_tokens, 0.0
+    filled, read = prompt + new - 1, prompt + new / 2
     if bench.compiled:  # a static cache, longer than what is filled
         filled = bench.cache.layers[0].keys.shape[-2]
         if bench.compiled.way == STATIC_CACHE:
             read = filled
         elif bench.prompt.device.type == "cpu":
-            read = mean_window(run.prompt_tokens, run.generated_tokens)
-    cached = cache_read_bytes(bench.cache, filled, read)
-    return int(weights + cached) if weights is not None and cached is not None else None
+            read = mean_window(prompt, new)
+    for layer in getattr(bench.cache, "layers", ()):
+        held = torch.utils._pytree.tree_leaves(vars(layer))
+        size = stored_bytes(t for t in held if isinstance(t, torch.Tensor) and t.dim() > 1)
+        keys = getattr(layer, "keys", None)
+        grows = isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.shape[-2] == filled
+        cached += size * read / filled if grows else size
+    return int(bench.decode_weight_bytes + cached) if bench.decode_weight_bytes and cached else None
 
 
 def measure_prefill(bench: Bench, result: Result) -> None:
-    """Prompt tokens and tokens a second of prefill: random ids, median of three after one that is not counted.
-
-    On a slow machine the first is as good as any other and is the only one; where even that would take more than
-    MAX_SECONDS, judged by the prefill of 32 tokens, the prompt is shorter.
-    """
-    config = bench.model.config.get_text_config()
-    tokens = min(PREFILL_TOKENS, (max_positions(config) or PREFILL_TOKENS + 1) - 1)
+    """Tokens a second of prefill: random ids, three times after one that is not counted; fewer where that takes long."""
+    config, rates = bench.model.config.get_text_config(), []
+    tokens = min(PREFILL_TOKENS, max_positions(config) - 1)
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
-
-    def once(length: int) -> float:
-        status(f"prefill of {length} tokens")
-        timer = TokenTimer(bench.devices)
-        generate(bench, ids[:, :length], timer, max_new_tokens=1, do_sample=False, pad_token_id=0)
-        return timer.token_times[0]
-
-    small = once(min(32, tokens))
-    while tokens > 64 and small / 32 * tokens > bench.settings.max_seconds:
-        tokens //= 2
-    first = once(tokens)
-    result.prefill_rates = [
-        tokens / (first if first > 5 else once(tokens)) for _ in range(1 if first > 5 else 3)
-    ]
+    begin = time.perf_counter()
+    while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
+        title = f"prefill of {tokens} tokens"
+        _, (ttft_s,), _ = generate(bench, title, prompt=ids, max_new_tokens=1, do_sample=False)
+        rates.append(tokens / ttft_s)
+    result.prefill_rates = rates[1:] or rates
     result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
     save(result)
 
 
-PRODUCTS = r"quanto::|_weight_int\dpack_mm|aten::(mm|bmm|addmm|mkldnn_\w*linear\w*|_scaled_mm)$"
+# quanto::qbytes_mm is left out: it calls one of the others
+PRODUCTS = r"quanto::(?!qbytes_mm)|_weight_int\dpack_mm|aten::(mm|bmm|addmm|mkldnn_\w*linear\w*|_scaled_mm)$"
 
 
 def kernels_of_a_step(bench: Bench) -> dict[str, int]:
-    """Name -> calls, of the matrix products within one eager decode step, by torch's profiler."""
-    options = generation_options(bench) | {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
-    options.pop("temperature", None)
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    # from the first token on, so that prefill does not count
-    timer = TokenTimer(bench.devices, on_token=lambda tokens, _: profiler.start() if tokens == 1 else None)
-    generate(bench, bench.prompt, timer, **options)
-    profiler.stop()
+    """Name -> calls, of the matrix products of one token, as in an eager decode step, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        token = bench.prompt[:, -1:]
+        generate(bench, "looking which kernels run", prompt=token, max_new_tokens=1, do_sample=False)
     calls = {event.key: event.count for event in profiler.key_averages() if re.search(PRODUCTS, event.key)}
     return dict(sorted(calls.items(), key=lambda item: -item[1]))
 
@@ -3218,24 +3118,15 @@ def kernels_of_a_step(bench: Bench) -> dict[str, int]:
 def try_torch_compile(bench: Bench, result: Result) -> None:
     """`model = torch.compile(model)` as introductions have it: wrapped and bare generate() in alternating pairs."""
     options = generation_options(bench) | {"max_new_tokens": min(bench.new_tokens, 32), "eos_token_id": None}
-    wrapped, graphs = torch.compile(bench.model), graphs_compiled()
+    wrapped, graphs = dataclasses.replace(bench, model=torch.compile(bench.model)), graphs_compiled()
     found = TorchCompile(graphs=0, new_tokens=options["max_new_tokens"])
-
-    def seconds(model: Any) -> float:
-        timer = TokenTimer(bench.devices, timeout_s=bench.settings.max_seconds)
-        torch.manual_seed(bench.settings.seed)
-        timer.start(bench.prompt.device)
-        mask = torch.ones_like(bench.prompt)
-        model.generate(bench.prompt, attention_mask=mask, stopping_criteria=[timer], **options)
-        timer.stop()
-        return timer.latency_s
-
-    seconds(wrapped)  # compiles, on the day when it does
+    title = "torch.compile(model) as written"
+    generate(wrapped, title, **options)  # compiles, on the day when it does
     for i in range(TORCH_COMPILE_PAIRS):
-        status(f"torch.compile(model) as written: pair {i + 1} of {TORCH_COMPILE_PAIRS}")
-        pair = [(found.wrapped_s, wrapped), (found.bare_s, bench.model)]
-        for kept, model in pair if i % 2 else pair[::-1]:
-            kept.append(seconds(model))
+        pair = [(found.wrapped_s, wrapped), (found.bare_s, bench)]
+        for seconds, one in pair if i % 2 else pair[::-1]:
+            torch.manual_seed(bench.settings.seed)
+            seconds.append(generate(one, title, **options)[-1])
     found.graphs = graphs_compiled() - graphs
     result.torch_compile = found
     save(result)
@@ -3251,51 +3142,40 @@ def measure_quality(bench: Bench, result: Result, folder: Path) -> None:
     logits processor that sees the logits first. Each position is log-softmaxed in float32 as it comes and the
     reference's rows stay on disk, so a large vocabulary costs little memory.
     """
-    s, start = bench.settings, bench.prompt.shape[1]
-    tokens_file = folder / "tokens.json"
+    s, tokens_file = bench.settings, folder / "tokens.json"
     is_reference = not tokens_file.exists()
     known = {} if is_reference else json.loads(tokens_file.read_text())
-    positions = min(s.quality_tokens, bench.positions_left) if is_reference else len(known["tokens"])
+    positions = len(known["tokens"]) if known else min(s.quality_tokens, bench.positions_left)
     kl, same = [], []
 
-    def logprobs(scores: Any) -> Any:
+    def keep_or_force(ids: Any, scores: Any) -> Any:
         # a broken model's NaN must not pass unseen, and its infinities must not make another
-        return torch.log_softmax(scores[0].float().nan_to_num(0, 1e4, -1e4), -1)
-
-    def keep(ids: Any, scores: Any) -> Any:
-        logprobs(scores).cpu().numpy().tofile(rows)
-        return scores
-
-    def force(ids: Any, scores: Any) -> Any:
-        p = torch.from_numpy(np.fromfile(rows, np.float32, scores.shape[-1])).to(scores.device)
-        q = logprobs(scores)
+        q = torch.log_softmax(scores[0].float().nan_to_num(0, 1e4, -1e4), -1)
+        if is_reference:
+            q.cpu().numpy().tofile(rows)
+            return scores
+        p = torch.from_numpy(np.fromfile(rows, np.float32, len(q))).to(q.device)
         kl.append((p.exp() * (p - q)).sum().item())
         same.append((p.argmax() == q.argmax()).item())
         forced = torch.full_like(scores, -math.inf)
-        forced[0, known["tokens"][ids.shape[1] - start]] = 0
+        forced[0, known["tokens"][len(kl) - 1]] = 0
         return forced
 
     title = "the reference answer" if is_reference else "quality on the reference answer"
-    show = lambda n, _: status(f"{title}: {n} of {positions} tokens", n / positions) if n % 8 == 0 else None
-    # a slow machine gets a shorter reference, the same for all
-    timer = TokenTimer(bench.devices, s.max_seconds if is_reference else math.inf, 1, show)
-    plain = dataclasses.replace(s, do_sample=False)
-    options = generation_options(dataclasses.replace(bench, settings=plain, ignore_eos=False))
-    options |= {"max_new_tokens": positions, "repetition_penalty": 1.0}
+    timeout_s = s.max_seconds if is_reference else math.inf  # the reference may be short, for all the same
+    options = {"max_new_tokens": positions, "do_sample": False, "repetition_penalty": 1.0}
     with reference_file(folder, "wb" if is_reference else "rb") as rows:
-        processor = keep if is_reference else force
-        ids = generate(bench, bench.prompt, timer, logits_processor=[processor], **options)
+        new, _, _ = generate(bench, title, timeout_s, logits_processor=[keep_or_force], **options)
         if is_reference:  # its tokens last and at once: with them there is a reference
             part = folder / "tokens.part"
-            part.write_text(json.dumps({"name": result.label, "tokens": ids[0, start:].tolist()}))
+            part.write_text(json.dumps({"name": result.label, "tokens": new}))
             os.replace(part, tokens_file)
-    if is_reference:
-        result.is_reference = True
-    else:
+            result.is_reference = True
+    if not is_reference:
         error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
-        interval, share = wilson(sum(same), len(same)), statistics.fmean(same)
-        figures = statistics.fmean(kl), error, percentile(kl, 99), share, *interval
-        result.quality = Quality(known["name"], len(kl), *figures)
+        divergence = statistics.fmean(kl), error, percentile(kl, 99)
+        agreement = statistics.fmean(same), *wilson(sum(same), len(same))
+        result.quality = Quality(known["name"], len(kl), *divergence, *agreement)
     save(result)
 
 
@@ -3304,42 +3184,25 @@ def measure_quality(bench: Bench, result: Result, folder: Path) -> None:
 
 def tokenize(s: Settings, tokenizer: Any, model: Any) -> Any:
     """The question's token ids, shape [1, tokens]; random ones with random weights. Raises Failure."""
-    device = model.get_input_embeddings().weight.device
+    longest = max_positions(model.config)
     if tokenizer is None:
         torch.manual_seed(s.seed)
-        return torch.randint(10, model.config.get_text_config().vocab_size - 10, (1, 16)).to(device)
-    if s.chat and not getattr(tokenizer, "chat_template", None):
-        raise Failure(f"{s.model_name} has no chat template: it is no chat model; leave --chat out")
-    if s.chat:
-        messages = [{"role": "user", "content": s.question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    else:
+        ids = torch.randint(10, model.config.get_text_config().vocab_size - 10, (1, 16))
+    elif not s.chat:
         ids = tokenizer(s.question, return_tensors="pt").input_ids
-    if ids.shape[1] == 0:
-        raise Failure("the tokenizer makes no token of the question: ask another QUESTION")
-    return ids.to(device)
+    elif getattr(tokenizer, "chat_template", None):
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": s.question}], **options).input_ids
+    else:
+        raise Failure(f"{s.model_name} has no chat template: it is no chat model; leave --chat out")
+    most = (longest if s.compare else min(longest, s.max_length)) - 1
+    if not 0 < ids.shape[1] <= most:
+        raise Failure(f"the question has {ids.shape[1]} tokens; MAX_LENGTH and the model allow 1 to {most}")
+    return ids.to(model.get_input_embeddings().weight.device)
 
 
-def positions_after(s: Settings, model: Any, prompt_tokens: int) -> int:
-    """Positions that the model has left after the prompt. Raises Failure where there is none for an answer."""
-    longest = max_positions(model.config) or 2**20
-    if prompt_tokens >= min(longest, longest if s.compare else s.max_length):
-        limit = f"MAX_LENGTH {s.max_length} or the model"
-        raise Failure(f"the question has {prompt_tokens} tokens: {limit} leaves no room")
-    return longest - prompt_tokens
-
-
-def generation_used(bench: Bench) -> dict[str, Any]:
-    """The sampling settings that generate() ends up with, its hidden defaults (top_k = 50) included."""
-    sampling = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-    names = (*sampling, "max_new_tokens", "eos_token_id")
-    prepared, _ = bench.model._prepare_generation_config(None, **generation_options(bench))
-    return {name: getattr(prepared, name, None) for name in names}
-
-
-def set_up(bench: Bench, result: Result, on_terminal: bool) -> None:
-    """Choose the device, load the model and ready it for its runs; memory and weights go into the Result."""
+def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None, Any]:
+    """Choose the device and get the model's files: their folder, and the meta model."""
     s, result.concerns_all = bench.settings, True
     with step("looking for a device"):
         bench.devices, notes = choose_devices(s.device)
@@ -3352,13 +3215,11 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> None:
         if not s.random_weights:
             bench.tokenizer = load_tokenizer(s.model_name, folder, s.trust_remote_code)
     with step("reading the model's configuration"):
-        bench.meta_model = make_meta_model(s, folder)
-        bench.needed_bytes = stored or expected_bytes(bench.meta_model, s.weights or "none")
+        meta_model = make_meta_model(s, folder)
         result.concerns_all = False
-        bench.devices = place_model(bench, result.notes)
-        bench.free_bytes = sum(memory_of(device)[0] for device in bench.devices)
-        bench.handles, reasons = nvml_handles(bench.devices)
-        result.devices, result.notes = bench.devices, result.notes + reasons
+        place_model(bench, meta_model, stored or expected_bytes(meta_model, result.name))
+        bench.handles, notes = nvml_handles(bench.devices)
+        result.devices, result.notes = bench.devices, result.notes + notes
         result.environment = describe_environment(bench.devices, bench.handles)
     with step("measuring the memory's bandwidth"):
         result.memory_bytes_per_s = {device: memory_bandwidth(device) for device in bench.devices}
@@ -3366,44 +3227,37 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> None:
         (torch.mps if bench.devices == ["mps"] else torch.cuda).empty_cache()
         result.memory["before load"] = snapshot(bench.devices, bench.handles)
         save(result)
+    return folder, meta_model
+
+
+def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> None:
+    """Load the model and ready it for its runs; time, memory and weights go into the Result."""
+    s = bench.settings
     if s.quanto_kernels and s.weights:
+        # what Quanto would compile at first use; where a killed build left a `lock` file, the step's time limit ends it
         with step("building Quanto's own kernels"):
-            build_kernels(bench.devices)
+            for name, registered in extension._extensions.items():
+                if name in ("quanto_cpp", f"quanto_{bench.devices[0].split(':')[0]}"):
+                    _ = registered.lib
     with step("loading the model", timeout_s=None):
-        load_into(bench, result, folder)
+        begin = time.perf_counter()
+        with freed_memory_returned(), peak_memory(bench.devices, bench.handles) as peak:
+            bench.model = load_model(s, folder, meta_model, bench.devices)
+            synchronize(bench.devices)
+            result.load_s = time.perf_counter() - begin
+            result.memory |= {"after load": snapshot(bench.devices, bench.handles), "peak of load": peak()}
+        for name, value in weight_stats(bench.model, bench.devices).items():
+            setattr(result, name, value)
+        bench.decode_weight_bytes = decode_weight_bytes(bench.model)
+        save(result)
     with step("running the model"):
         bench.prompt = tokenize(s, bench.tokenizer, bench.model)
         tokens = bench.prompt.shape[1]
-        bench.positions_left, bench.ignore_eos = positions_after(s, bench.model, tokens), bool(s.compare)
+        bench.positions_left = max_positions(bench.model.config) - tokens
         bench.new_tokens = min(s.compare_tokens if s.compare else s.max_length - tokens, bench.positions_left)
-        result.generation = generation_used(bench)
-
-
-def build_kernels(devices: list[str]) -> None:
-    """Have Quanto compile what it would compile at first use, before any clock starts.
-
-    A `lock` file that a killed build left behind makes this hang: then the step's time limit ends it.
-    """
-    for name, registered in extension._extensions.items():
-        if name == "quanto_cpp" or (name == "quanto_cuda" and devices[0].startswith("cuda")):
-            _ = registered.lib
-
-
-def load_into(bench: Bench, result: Result, folder: str | None) -> None:
-    """Load the model, and note time, memory and weights."""
-    begin = time.perf_counter()
-    with freed_memory_returned(), peak_memory(bench.devices, bench.handles) as peak:
-        bench.model = load_model(bench.settings, folder, bench.meta_model, bench.devices)
-        synchronize(bench.devices)
-        result.load_s = time.perf_counter() - begin
-        result.memory |= {"after load": snapshot(bench.devices, bench.handles), "peak of load": peak()}
-    for name, value in weight_stats(bench.model).items():
-        setattr(result, name, value)
-    bench.decode_weight_bytes = decode_weight_bytes(bench.model)
-    if bench.settings.weights:
-        linear = [m for m in bench.model.modules() if isinstance(m, torch.nn.Linear)]
-        result.skipped_layers = sum(not is_linear(module) for module in linear)
-    save(result)
+        # what generate() ends up with, its hidden defaults (top_k = 50) included
+        used, _ = bench.model._prepare_generation_config(None, **generation_options(bench))
+        result.generation = {name: getattr(used, name, None) for name in GENERATION}
 
 
 def measure_compiled(bench: Bench, result: Result) -> None:
@@ -3419,28 +3273,24 @@ def measure_compiled(bench: Bench, result: Result) -> None:
         result.compiled = Compiled(bench.compiled.way, seconds, bench.compiled.graphs)
         save(result)
     with step("running the compiled model"):
-        result.warmup, graphs = warmup_runs(bench, "warm-up"), graphs_compiled()
-        timed_runs(bench, result, result.compiled.runs, s.runs, "compiled ")
+        result.warmup, graphs = warmup_runs(bench), graphs_compiled()
+        timed_runs(bench, result, result.compiled, s.runs)
         result.compiled.recompilations = graphs_compiled() - graphs
 
 
 def measure(result: Result, reference: str | None, on_terminal: bool = False, debug: bool = False) -> None:
-    """Load and measure one configuration into `result`, saved whenever it has grown, so that nothing is lost.
-
-    `reference` is a folder in which the first precision leaves its answer, and the later ones find it. Prints nothing; a
-    failure becomes a field of the Result.
+    """Load and measure one configuration into `result`; a failure becomes a field of it. `reference`: a folder for the
+    answer that quality is judged on.
     """
     s, bench = result.settings, Bench(result.settings)
     try:
-        set_up(bench, result, on_terminal)
+        load(bench, result, *set_up(bench, result, on_terminal))
         with step("running the model"):
-            result.warmup = warmup_runs(bench, "warm-up")
+            result.warmup = warmup_runs(bench)
             # alone, the eager model is only the compiled step's measure: one run
-            timed_runs(
-                bench, result, result.runs, 1 if s.compile and not s.compare else s.runs, "eager " * s.compile
-            )
+            timed_runs(bench, result, result, 1 if s.compile and not s.compare else s.runs)
             result.kernels = kernels_of_a_step(bench)
-            result.defects = quanto_defects(bench.model)
+            result.defects = quanto_defects(bench.model) if s.weights else []
         if s.compile and s.compare and s.weights == "int8":
             with step("trying torch.compile(model) as written", timeout_s=TORCH_COMPILE_S):
                 try_torch_compile(bench, result)
@@ -3456,7 +3306,7 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
     except Exception as error:  # whatever it is becomes the Result's failure
         if debug:
             traceback.print_exc()
-        result.failure, result.unavailable = describe_error(error, bench)
+        result.failure, result.unavailable = describe_error(error, bench.advice)
     save(result)
 
 

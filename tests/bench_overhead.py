@@ -19,7 +19,7 @@ import qwquanto as q
 
 
 def main(argv: list[str], pairs: int = 24) -> None:
-    s, _ = q.parse(["--compare-tokens", "32", *argv])
+    s, _ = q.parse(["--compare", "--compare-tokens", "32", *argv])
     if problems := q.check(s):
         sys.exit("\n".join(problems))
     devices = q.choose_devices(s.device)[0][:1]
@@ -28,11 +28,11 @@ def main(argv: list[str], pairs: int = 24) -> None:
     model = q.load_model(s, folder, q.make_meta_model(s, folder), devices)
     tokenizer = None if s.random_weights else q.load_tokenizer(s.model_name, folder, s.trust_remote_code)
     prompt = q.tokenize(s, tokenizer, model)
-    bench = q.Bench(s, devices, handles, model=model, tokenizer=tokenizer, prompt=prompt, ignore_eos=True)
+    bench = q.Bench(s, devices, handles, model=model, tokenizer=tokenizer, prompt=prompt)
     bench.new_tokens, bench.positions_left = s.compare_tokens, 4096
     if s.compile:
         bench.compiled = q.prepare_compiled_decode(model, prompt.shape[1] + s.compare_tokens)
-    bare = q.generation_options(bench) | {"attention_mask": torch.ones_like(prompt)}
+    bare = q.generation_options(bench) | {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
     bare |= bench.compiled.options if bench.compiled else {}
     q.CHANNEL = open(os.devnull, "w")  # noqa: SIM115 (a worker speaks into a pipe)
 

@@ -46,14 +46,13 @@ def witness(name, ours, theirs, tolerance):
 @pytest.fixture(scope="module")
 def bench():
     """Qwen2.5-3B's shape in int8 on the first GPU."""
-    s = settings(random_weights=True, device="cuda:0")
+    s = settings(random_weights=True, device="cuda:0", compare=("int8",))
     handles, notes = q.nvml_handles(GPU)
     assert not notes
     model = q.load_model(s, None, q.make_meta_model(s, None), GPU)
     prompt = q.tokenize(s, None, model)
     yield q.Bench(
-        s, GPU, handles, model=model, prompt=prompt, new_tokens=48,
-        positions_left=4096, ignore_eos=True,
+        s, GPU, handles, model=model, prompt=prompt, new_tokens=48, positions_left=4096,
     )  # fmt: skip
     del model
     torch.cuda.empty_cache()
@@ -75,7 +74,7 @@ def test_memory(bench):
     seen = q.snapshot(GPU, bench.handles)
     witness(
         "weights B, against all storages",
-        q.weight_stats(bench.model)["weight_bytes"],
+        q.weight_stats(bench.model, GPU)["weight_bytes"],
         storage_bytes(),
         0.01,
     )
@@ -125,7 +124,7 @@ def test_bandwidth():
 def test_speed(bench):
     """tokens/s against a stopwatch around a bare generate(), TTFT against max_new_tokens=1; pairs, alternating."""
     short = replace(bench, new_tokens=16)
-    bare = dict(q.generation_options(short), attention_mask=torch.ones_like(bench.prompt))
+    bare = q.generation_options(short) | {"attention_mask": torch.ones_like(bench.prompt), "pad_token_id": 0}
 
     def stopwatch(seed, **more):
         torch.manual_seed(seed)

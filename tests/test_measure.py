@@ -23,11 +23,11 @@ class FakeTime:
 
 
 class FakeModel:
-    """generate() that takes `first` seconds to the first token, `gap` for each further one, and gives these tokens."""
+    """generate() that takes `first` seconds to the first token, `gap` for each further one, and gives these tokens; 7
+    and 8 end an answer."""
 
     def __init__(self, time, tokens, gap=0.5, first=2.0):
         self.time, self.tokens, self.gap, self.first, self.calls = time, tokens, gap, first, []
-        self.generation_config = SimpleNamespace(eos_token_id=[7, 8])
 
     def generate(self, ids, attention_mask, stopping_criteria, return_dict_in_generate, **options):
         self.calls.append(options | {"seed": torch.initial_seed()})
@@ -35,17 +35,15 @@ class FakeModel:
             self.time.now += self.gap if i else self.first
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
             stop = [criterion(ids, None) for criterion in stopping_criteria]
-            if any(stop):
+            if any(stop) or token in (7, 8):
                 break
         self.time.now += 0.25  # what generate() does after the last token
         return SimpleNamespace(sequences=ids, past_key_values=None)
 
 
-def bench(model, new_tokens=10, ignore_eos=False, **constants):
+def bench(model, new_tokens=10, **constants):
     prompt = torch.ones(1, 3, dtype=torch.long)
-    return q.Bench(
-        settings(**constants), model=model, prompt=prompt, new_tokens=new_tokens, ignore_eos=ignore_eos
-    )
+    return q.Bench(settings(**constants), model=model, prompt=prompt, new_tokens=new_tokens)
 
 
 @pytest.fixture
@@ -104,7 +102,7 @@ def test_the_warm_up_keeps_max_new_tokens_and_ends_early(time):
 def test_short_warm_up_runs_are_repeated(time):
     def runs(wanted):
         model = FakeModel(time, [1] * 4, gap=0.25, first=0.5)  # 1.5 s each
-        return len(q.warmup_runs(bench(model, warmup_runs=wanted), "warm-up"))
+        return len(q.warmup_runs(bench(model, warmup_runs=wanted)))
 
     assert [runs(0), runs(1), runs(6)] == [0, 4, 6]
 
@@ -112,7 +110,7 @@ def test_short_warm_up_runs_are_repeated(time):
 def test_options_and_seeds_that_generate_gets(time):
     model = FakeModel(time, [1] * 10)
     q.run_once(bench(model), 3, "run")
-    q.run_once(bench(model, ignore_eos=True, do_sample=False), 4, "run")
+    q.run_once(bench(model, compare=("int8",), do_sample=False), 4, "run")
     sampled = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.7, "pad_token_id": 0, "seed": 3}
     greedy = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "seed": 4}
     assert model.calls == [sampled, greedy]
@@ -132,7 +130,7 @@ def test_energy_is_a_difference_per_device_and_unknown_without_a_counter(time, m
 def test_every_run_is_handed_on_and_so_is_its_progress(time, messages):
     mine = bench(FakeModel(time, [1] * 5), new_tokens=5, seed=7)
     result = q.Result(mine.settings)
-    q.timed_runs(mine, result, result.runs, 2)
+    q.timed_runs(mine, result, result, 2)
     assert [run.seed for run in result.runs] == [7, 8]
     saved = [len(message["result"]["runs"]) for message in messages if "result" in message]
     assert saved == [1, 2]
@@ -142,7 +140,7 @@ def test_every_run_is_handed_on_and_so_is_its_progress(time, messages):
     assert "peak of runs" in result.memory
 
 
-def test_prefill_is_512_tokens_a_median_and_shorter_on_a_slow_machine(time):
+def test_prefill_is_512_tokens_a_median_and_a_single_one_on_a_slow_machine(time):
     calls = []
 
     class Prefill:
@@ -150,21 +148,23 @@ def test_prefill_is_512_tokens_a_median_and_shorter_on_a_slow_machine(time):
 
         def generate(self, ids, stopping_criteria, **_):
             calls.append(ids.shape[1])
-            time.now += self.seconds * ids.shape[1] / 32
+            time.now += next(self.seconds)
             stopping_criteria[0](ids, None)
-            return SimpleNamespace(sequences=ids, past_key_values=None)
+            sequences = torch.cat([ids, ids[:, :1]], 1)
+            return SimpleNamespace(sequences=sequences, past_key_values=None)
 
-    def measured(seconds):
+    def measured(*seconds):
         calls.clear()
         model = Prefill()
-        model.seconds = seconds  # of 32 tokens
+        model.seconds = iter(seconds)  # of each call
         result = q.Result(settings())
         q.measure_prefill(bench(model), result)
-        return result.prefill_tokens, result.prefill_tokens_per_s
+        assert set(calls) == {result.prefill_tokens} == {512}
+        return result.prefill_tokens_per_s, len(result.prefill_rates)
 
-    assert measured(1.0) == (512, 32.0) and calls == [32, 512]  # 16 s: once is enough
-    assert measured(0.1) == (512, pytest.approx(320)) and calls == [32, 512, 512, 512, 512]
-    assert measured(20.0)[0] == 64
+    assert measured(2.0, 1.0, 0.5, 1.0) == (512, 3)  # the first is not counted
+    assert measured(16.0) == (32, 1)
+    assert measured(8.0, 4.0) == (128, 1)
 
 
 def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time():
@@ -236,22 +236,23 @@ def test_a_busy_processor_is_noted(monkeypatch):
         assert len(q.busy_note("at the start")) == notes
 
 
-def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch):
+def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch, messages):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False, dtype=torch.float32, device="meta"))
     model.get_output_embeddings = lambda: None
     free, total = {"cuda:0": 200, "cuda:1": 1000}, [1000]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], *total))
-    notes, model.dtype = [], torch.float32
-    s = settings(weights=None)
+    model.dtype = torch.float32
 
     def place():
-        return q.place_model(q.Bench(s, list(free), meta_model=model, needed_bytes=256), notes)
+        mine = q.Bench(settings(weights=None), list(free))
+        q.place_model(mine, model, 256)
+        return mine.devices, "tried all the same" in messages[-1]["log"]
 
-    assert place() == ["cuda:1"] and not notes
+    assert place() == (["cuda:1"], False)
     free["cuda:1"] = 200
-    assert place() == ["cuda:0", "cuda:1"] and not notes
+    assert place() == (["cuda:0", "cuda:1"], False)
     free["cuda:1"] = 10
-    assert place() == ["cuda:0", "cuda:1"] and "only" in notes[0]
+    assert place() == (["cuda:0", "cuda:1"], True)
     total[0] = 100
     with pytest.raises(q.Failure, match="need"):
         place()

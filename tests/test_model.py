@@ -3,12 +3,14 @@
 import inspect
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUESTION, make_model
 from optimum.quanto.library.extensions import extension
 from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearFunction
+from results import run as run_of
 from results import settings
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, QuantoConfig
 
@@ -48,13 +50,18 @@ def test_stored_bytes_of_every_precision(tmp_path, tied):
     config = AutoConfig.from_pretrained(folder)
     for weights, bits in q.BITS.items():
         model = load(folder, weights)
-        stats = q.weight_stats(model)
+        stats = q.weight_stats(model, ["cpu"])
         buffers = sum(b.nbytes for n, b in model.named_buffers() if "inv_freq" in n)
         assert stats["weight_bytes"] - buffers == by_hand(config, bits, tied), weights
         assert stats["unquantized_bytes"] - buffers == by_hand(config, 16, tied)
         assert (stats["quantized_layers"], stats["linear_layers"]) == (0 if weights == "none" else 14, 15)
         meta_model = q.make_meta_model(settings(model_name=folder), folder)
         assert q.expected_bytes(meta_model, weights) == pytest.approx(stats["weight_bytes"], rel=0.01)
+
+
+def test_a_product_is_counted_once_whatever_it_calls(tiny):
+    bench = q.Bench(settings(), model=load(tiny, "int8"), prompt=torch.tensor([[40, 41, 42]]))
+    assert q.kernels_of_a_step(bench) == {"aten::_weight_int8pack_mm": 14, "aten::mm": 1}
 
 
 def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):
@@ -74,10 +81,23 @@ def test_bytes_read_of_the_cache_that_generate_filled(tmp_path):
         return_dict_in_generate=True,
     )  # fmt: skip
     a_token = 2 * 2 * 2 * 2 * 32  # bytes, keys and values, layers, heads, width
-    filled = 3 + 8 - 1  # the last token is never fed
-    assert q.cache_read_bytes(output.past_key_values, filled, filled) == filled * a_token
-    assert q.cache_read_bytes(output.past_key_values, filled, 7) == 7 * a_token
-    assert q.cache_read_bytes(None, filled, 7) is None
+    bench, run = q.Bench(settings(), decode_weight_bytes=1000), run_of(2.0, tokens=8, prompt_tokens=3)
+    assert q.decode_read_bytes(bench, run) is None  # no cache that is known
+    bench.cache = output.past_key_values  # of 10 tokens: the last one is never fed
+    assert q.decode_read_bytes(bench, run) == 1000 + 7 * a_token
+    bench.decode_weight_bytes = None
+    assert q.decode_read_bytes(bench, run) is None
+
+
+def test_windows_and_states_are_read_whole():
+    """A window of 4 tokens beside a full layer, and a state beside none."""
+    tensor = lambda tokens: torch.zeros(1, 2, tokens, 32, dtype=torch.bfloat16)
+    full, window = (SimpleNamespace(keys=tensor(n), values=tensor(n)) for n in (10, 4))
+    state = SimpleNamespace(conv_states={0: torch.zeros(1, 64, 4), 1: None}, length=torch.tensor(3))
+    cache = SimpleNamespace(layers=[full, window, state])
+    bench = q.Bench(settings(), decode_weight_bytes=1000, cache=cache)
+    read = q.decode_read_bytes(bench, run_of(2.0, tokens=8, prompt_tokens=3))
+    assert read == 1000 + 7 * 256 + 4 * 256 + 64 * 4 * 4
 
 
 def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
@@ -119,7 +139,7 @@ def test_random_weights_have_the_modules_and_bytes_of_a_real_load(tmp_path):
     for weights in q.BITS:
         s = settings(model_name=folder, random_weights=True, weights=None if weights == "none" else weights)
         random, real = q.load_model(s, folder, q.make_meta_model(s, folder), ["cpu"]), load(folder, weights)
-        assert q.weight_stats(random) == q.weight_stats(real)
+        assert q.weight_stats(random, ["cpu"]) == q.weight_stats(real, ["cpu"])
         assert [(n, type(m)) for n, m in random.named_modules()] == [
             (n, type(m)) for n, m in real.named_modules()
         ]
@@ -134,13 +154,13 @@ def test_the_default_model_needs_no_file_and_has_its_published_size():
     assert sum(p.numel() for p in meta_model.parameters()) == 3_085_938_688
     assert q.expected_bytes(meta_model, "none") / 1e9 == pytest.approx(6.172, abs=0.001)
     assert q.expected_bytes(meta_model, "int8") / 1e9 == pytest.approx(3.399, abs=0.001)
-    assert len(q.linear_names(meta_model)) == 252
+    assert len(q.linear_layers(meta_model)) == 252
 
 
 def test_gpt2_has_nothing_to_quantize_and_the_report_says_so(tmp_path):
     size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 50}
     GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
-    stats = q.weight_stats(load(tmp_path, "int8"))
+    stats = q.weight_stats(load(tmp_path, "int8"), ["cpu"])
     assert stats["quantized_layers"] == 0 and stats["weight_bytes"] == stats["unquantized_bytes"]
     assert "NOTHING WAS QUANTIZED" in " ".join(q.warnings_for(q.Result(settings(), **stats)))
 
@@ -150,7 +170,7 @@ def test_sharded_and_damaged_checkpoints(tmp_path):
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
     q.check_checkpoint(settings(), folder, "cpu")
-    assert q.weight_stats(load(folder, "int8"))["quantized_layers"] == 14
+    assert q.weight_stats(load(folder, "int8"), ["cpu"])["quantized_layers"] == 14
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[:-100])
     with pytest.raises(q.Failure, match=f"{shards[1].name} is damaged"):
@@ -209,10 +229,15 @@ def test_a_seed_gives_its_answer_again(tiny):
 
 
 def test_a_question_without_room_is_refused(tiny):
-    model = load(tiny, "int8")
-    assert q.positions_after(settings(max_length=20), model, 19) == 4096 - 19
-    with pytest.raises(q.Failure, match="MAX_LENGTH 20 or the model leaves no room"):
-        q.positions_after(settings(max_length=20), model, 20)
+    model, tokenizer = load(tiny, "int8"), q.load_tokenizer(tiny, tiny, False)
+    count = q.tokenize(settings(), tokenizer, model).shape[1]
+    assert q.tokenize(settings(max_length=count + 1), tokenizer, model).shape[1] == count
+    with pytest.raises(
+        q.Failure, match=f"has {count} tokens; MAX_LENGTH and the model allow 1 to {count - 1}"
+    ):
+        q.tokenize(settings(max_length=count), tokenizer, model)
+    with pytest.raises(q.Failure, match="allow 1 to 4095"):
+        q.tokenize(settings(question="+" * 9000, compare=("int8",)), tokenizer, model)
 
 
 def test_a_configuration_without_dtype_takes_the_checkpoints(tmp_path):
@@ -223,30 +248,33 @@ def test_a_configuration_without_dtype_takes_the_checkpoints(tmp_path):
     assert q.make_meta_model(settings(model_name=folder), folder).dtype == torch.bfloat16
 
 
-def raised(error, step="running the model", **bench):
+def raised(error, step="running the model", advice=""):
     """What the user is told of an error that was raised in a step, and whether it is a lack of the machine."""
     with pytest.raises(type(error)) as found, q.step(step):
         raise error
-    return q.describe_error(found.value, q.Bench(settings(), **bench))
+    return q.describe_error(found.value, advice)
 
 
-def test_out_of_memory_says_what_would_fit(tmp_path):
+def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     folder = make_model(tmp_path, steps=0)
-    meta_model = q.make_meta_model(settings(model_name=folder), folder)
+    s = settings(model_name=folder)
+    meta_model = q.make_meta_model(s, folder)
     sizes = {weights: q.expected_bytes(meta_model, weights) for weights in q.BITS}
+
+    def advice(free, needed):
+        bench = q.Bench(s)
+        monkeypatch.setattr(q, "memory_of", lambda device: (free, 2**40))
+        q.place_model(bench, meta_model, needed)
+        return bench.advice
+
     # what has just failed is no advice
-    bench = {"meta_model": meta_model, "free_bytes": sizes["int4"] * 1.2, "needed_bytes": sizes["float8"]}
+    would_fit = advice(int(sizes["int4"] * 1.2), sizes["float8"])
+    assert "would fit: int4" in would_fit and "int8" not in would_fit
+    assert "fewer tokens" in advice(10**12, sizes["int2"])
     cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), cublas):
-        text, unavailable = raised(error, **bench)
-        assert "would fit: int4" in text and "int8" not in text and not unavailable
-    text, _ = raised(cublas, **bench | {"free_bytes": 1e12, "needed_bytes": sizes["int2"]})
-    assert "the weights alone" in text and "fewer tokens" in text
-
-
-def test_out_of_memory_before_the_model_is_known_is_a_line_too():
-    text, unavailable = raised(MemoryError(), "looking for a device")
-    assert text.startswith("out of memory while looking for a device") and not unavailable
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), cublas, MemoryError()):
+        text = f"out of memory while running the model: {would_fit}"
+        assert raised(error, advice=would_fit) == (text, False)
 
 
 def test_a_model_with_code_of_its_own_names_the_flag():
@@ -263,8 +291,6 @@ def test_what_this_machine_lacks_is_unavailable_not_failed():
     assert (
         not unavailable and text == "ValueError while compiling: odd: see torch.compiler (--debug shows more)"
     )
-    text, unavailable = raised(ImportError("No module named 'accelerate'"))
-    assert not unavailable and text.endswith("pip install -r requirements.txt")
 
 
 def test_quantized_model_is_the_one_that_transformers_gives(tiny):
