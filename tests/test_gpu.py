@@ -276,7 +276,7 @@ def test_without_nvml(tmp_path):
     (tmp_path / "libnvidia-ml.so.1").touch()
     done = run_script({"LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"})
     shown = done.stdout + done.stderr
-    assert done.returncode == 0 and "no NVML for cuda:0" in shown and "Traceback" not in shown, shown
+    assert done.returncode == 0 and "no NVML: " in shown and "Traceback" not in shown, shown
     assert (
         "cuda:0 allocated" in done.stdout and "used by all" not in done.stdout and "joules" not in done.stdout
     )
@@ -297,7 +297,7 @@ def test_out_of_memory_at_load():
     """Most of the card taken: one line that says so, no traceback."""
     free, _ = torch.cuda.mem_get_info("cuda:0")
     taken = torch.empty(int(free - 2.0e9), dtype=torch.uint8, device="cuda:0")
-    done = run_script()
+    done = run_script(device="cuda:0")
     del taken
     torch.cuda.empty_cache()
     print(done.stderr[-600:], flush=True)

@@ -138,7 +138,7 @@ def test_comparison_of_every_precision(script, tiny):
     assert int8["quality"]["positions"] == int2["quality"]["positions"] > 20
     assert ANSWER[:30] in int8["runs"][0]["text"] and ANSWER[:30] not in int2["runs"][0]["text"]
     assert none["weight_bytes"] > int8["weight_bytes"] > int2["weight_bytes"]
-    assert "int2 BREAKS THIS MODEL" in ended.out and "Smallest that keeps the answers" in ended.out
+    assert "int2: BREAKS THIS MODEL" in ended.out and "Smallest that keeps the answers" in ended.out
     assert re.search(r"^\| bf16 .*reference", ended.out, re.MULTILINE)
     assert not list(script.temporary.glob("qwquanto-*"))
 

@@ -18,7 +18,9 @@ from conftest import BANDWIDTH, QUESTION, SCRIPT, arguments, edited, wait_for
 
 # edits of the script: each gives a worker a fault, or a place to wait in
 RUN = "    torch.manual_seed(seed)\n    energy = energy_j(bench.handles)\n"
-MEASURED = '    measure(Result(wanted), job["reference"], job["on_terminal"], job["debug"])\n'
+MEASURED = (
+    '    measure(Result(Settings(**job["settings"])), job["reference"], job["on_terminal"], job["debug"])\n'
+)
 STEP = "    STEP_TIMEOUT_S = timeout_s\n    status(doing)\n"
 HANG = (STEP, STEP + "    if doing == os.environ.get('HANG_IN'):\n        time.sleep(3600)\n")
 
@@ -137,9 +139,9 @@ def test_a_worker_killed_in_the_third_run_leaves_two(script, tiny, tmp_path):
 def test_every_way_a_worker_can_end(script, tiny, tmp_path):
     """Each precision has an end of its own; none takes what was measured along, and none holds up the others."""
     in_second_run = (
-        "    if seed == 1 and s.weights is None:\n        os.kill(os.getpid(), signal.SIGSEGV)\n"
-        "    if seed == 1 and s.weights == 'int8':\n        time.sleep(3600)\n"
-        "    if seed == 1 and s.weights == 'int2':\n        sys.exit(3)\n"
+        "    if seed == 1 and bench.settings.weights is None:\n        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    if seed == 1 and bench.settings.weights == 'int8':\n        time.sleep(3600)\n"
+        "    if seed == 1 and bench.settings.weights == 'int2':\n        sys.exit(3)\n"
     )
     loading = '    with step("loading the model", timeout_s=None):\n'
     fails = "        if s.weights == 'float8':\n            raise ValueError('odd')\n"
