@@ -3019,7 +3019,8 @@ def generate(
 
 def run_once(bench: Bench, seed: int, title: str, warm_up: bool = False) -> Run:
     """One timed generation of the question; a warm-up ends early, after WARMUP_TOKENS and WARMUP_S."""
-    timeout_s, least = (WARMUP_S, WARMUP_TOKENS) if warm_up else (bench.settings.max_seconds, 0)
+    s = bench.settings
+    timeout_s, least = (WARMUP_S, WARMUP_TOKENS) if warm_up else (s.max_seconds, 0)
     torch.manual_seed(seed)
     energy = energy_j(bench.handles)
     new, times, latency_s = generate(bench, title, timeout_s, least, **generation_options(bench))

@@ -59,11 +59,6 @@ def test_stored_bytes_of_every_precision(tmp_path, tied):
         assert q.expected_bytes(meta_model, weights) == pytest.approx(stats["weight_bytes"], rel=0.01)
 
 
-def test_a_product_is_counted_once_whatever_it_calls(tiny):
-    bench = q.Bench(settings(), model=load(tiny, "int8"), prompt=torch.tensor([[40, 41, 42]]))
-    assert q.kernels_of_a_step(bench) == {"aten::_weight_int8pack_mm": 14, "aten::mm": 1}
-
-
 def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):
     read = {}
     for tied in (True, False):
