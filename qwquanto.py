@@ -984,6 +984,8 @@ def row_label(r: Result) -> str:
 def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     """Speeds, eager or in the compiled step."""
     groups = [(r.compiled.runs if r.compiled else []) if compiled else r.runs for r in results]
+    if not any(groups):
+        return []
     rates, rows = [decode_rate(runs) for runs in groups], []
     drawn = bars(rates, [rate_text(runs) for runs in groups], max(filter(None, rates), default=None))
     base = next((r for r, rate in zip(results, rates, strict=True) if rate and r.name == "none"), None)

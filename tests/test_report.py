@@ -49,6 +49,7 @@ def test_a_result_of_nothing_but_a_failure_has_a_report():
         "# Qwen/Qwen2.5-3B: int8",
         "FAILED: no such model",
     ]
+    assert "### Speed" not in piped(q.Benchmark([lost]))
     compared = [replace(lost, settings=settings(weights=None, compare=("none", "int8"))), comparison()[1]]
     assert "| unquantized ✗ |" in piped(q.Benchmark(compared))
 
