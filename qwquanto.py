@@ -372,9 +372,7 @@ class Result:
     skipped_layers: int = 0  # linear layers with a forward of their own, which Quanto would replace
     weight_types: dict[str, int] = field(default_factory=dict)  # Quanto's tensor class -> layers
     kernels: dict[str, int] = field(default_factory=dict)  # matrix products of one eager decode step -> calls
-    defects: list[str] = field(
-        default_factory=list
-    )  # what Quanto as shipped does with this model on this machine
+    defects: list[str] = field(default_factory=list)  # of Quanto as shipped, with this model on this machine
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # phase -> name -> bytes, see `snapshot`
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)  # eager
@@ -1550,10 +1548,8 @@ GENERATION = (  # the settings of generate() that the report names
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "eos_token_id",
 )  # fmt: skip
 CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
-TORCH_COMPILE_PAIRS, TORCH_COMPILE_S = (
-    5,
-    300,
-)  # of torch.compile(model) as written; for the day when it compiles
+TORCH_COMPILE_PAIRS = 5  # of torch.compile(model) as written
+TORCH_COMPILE_S = 300  # its time limit, for the day when it compiles
 ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
 QWEN2_5_3B = {  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs no network
     "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -2198,8 +2194,6 @@ def load_model(s: Settings, folder: str | None, meta_model: Any, devices: list[s
         mend_quanto(s.quanto_kernels)
         skipped = modules_to_skip(meta_model)
         options["quantization_config"] = QuantoConfig(weights=s.weights, modules_to_not_convert=skipped)
-        if s.compile and devices == ["cpu"]:  # TinyGemm's packing takes hours to undo on a CPU
-            WeightQBitsTensor.create = staticmethod(WeightQBitsTensor)  # tensor/weights/qbits.py:65
     if s.random_weights:
         state = random_state(meta_model)
         model = type(meta_model).from_pretrained(None, config=meta_model.config, state_dict=state, **options)
@@ -2299,9 +2293,7 @@ def describe_error(error: Exception, advice: str) -> tuple[str, bool]:
 # - "transformers' static cache", for all others: generate() as transformers compiles it.
 
 WINDOW = 256  # tokens
-GEMV_EARLY_BYTES = (
-    12e6  # matrices up to this size fit the registers of an H100: all is loaded while the kernel waits
-)
+GEMV_EARLY_BYTES = 12e6  # of a matrix that fits the registers of an H100: it is loaded while the kernel waits
 NOT_COMPILED, LEAVE_OUT = "transformers does not compile this model", "leave --compile out"
 OWN_STEP = "this script's compiled decode step"
 STATIC_CACHE = "compiled with transformers' static cache"
@@ -2457,9 +2449,8 @@ class DequantLinear(torch.nn.Module):
     (SharedProducts).
     """
 
-    rows: dict[
-        str, tuple[int, int]
-    ]  # tensors to merge: the dimension of the outputs, and how many make one index
+    # the tensors to merge -> their dimension of the outputs, and how many outputs make one index of it
+    rows: dict[str, tuple[int, int]]
     merge_key: Any = None  # what layers must have in common to be merged; None: nothing to gain
 
     def __init__(self, bias: torch.Tensor | None, **tensors: torch.Tensor) -> None:
@@ -2470,11 +2461,10 @@ class DequantLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        y = (
-            self.merged[0].product(tokens)[:, self.part]
-            if self.merged and len(tokens) == 1
-            else self.product(tokens)
-        )
+        if self.merged and len(tokens) == 1:
+            y = self.merged[0].product(tokens)[:, self.part]
+        else:
+            y = self.product(tokens)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -2560,7 +2550,7 @@ def dequant_linear(linear: torch.nn.Linear) -> DequantLinear:
         # a layer of one output has one scale without a dimension
         return PerChannelLinear(bias, weight._data, weight._scale.reshape(-1, 1).expand(len(weight), 1))
     if isinstance(weight, TinyGemmWeightQBitsTensor):
-        data = weight._data._data  # kept on a CPU: unpacking takes hours there
+        data = weight._data._data
         if weight.is_cuda:  # packed anew for fewer, larger reads
             q = weight._data.unpack()
             data = torch._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).contiguous(), 8)
@@ -2568,8 +2558,7 @@ def dequant_linear(linear: torch.nn.Linear) -> DequantLinear:
     if type(weight) is not WeightQBitsTensor:  # AWQ's
         weight = weight.weight_qbits_tensor()
     bits, rows, packed = weight._qtype.bits, weight.shape[0], weight._data._data
-    # not PackedTensor.unpack, which compiles a C++ extension
-    q = torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])[: len(weight._data)]
+    q = unpack(packed, bits)[: len(weight._data)]  # not PackedTensor's, which compiles a C++ extension
     scale, shift = weight._scale.view(rows, -1), weight._shift.view(rows, -1)
     parts = math.gcd(8 // bits, weight.shape[1] // scale.shape[1])  # as many in a byte as divide a group
     q = q.view(rows, scale.shape[1], parts, -1)
@@ -2580,10 +2569,8 @@ def dequant_linear(linear: torch.nn.Linear) -> DequantLinear:
 
 def swap_layers(model: Any) -> None:
     """Give a model the linear layers above. Subclasses of nn.Linear with a forward of their own stay as they are."""
-    known = torch.nn.Linear.forward, optimum.quanto.nn.QLinear.forward
-    linear = lambda module: isinstance(module, torch.nn.Linear) and type(module).forward in known
     # names, not modules: a layer that is replaced must not stay in memory
-    for name in [name for name, module in model.named_modules() if linear(module)]:
+    for name in [name for name, module in model.named_modules() if is_linear(module)]:
         model.set_submodule(name, dequant_linear(model.get_submodule(name)))
 
 
@@ -2641,15 +2628,12 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     transformers' own sdpa copies keys and values for every head, and reads all of a static cache. Refuses the variants
     that it would get wrong.
     """
-    unknown = {"softcap", "s_aux", "sliding_window", "position_bias"} & {
-        k for k, v in more.items() if v is not None
-    }
-    if unknown or mask is None:
-        raise Failure(f"this script's step does not know this attention ({', '.join(unknown) or 'no mask'})")
+    given = {name for name, value in more.items() if value is not None}
+    if given & {"softcap", "s_aux", "sliding_window", "position_bias"} or mask is None:
+        raise Failure("this script's step does not know this attention")
     batch, heads, length, size = query.shape
-    if (
-        length == 1 and query.is_cuda and triton and value.shape == key.shape
-    ):  # DeepSeek's values are narrower
+    # value.shape: DeepSeek's values are narrower
+    if length == 1 and query.is_cuda and triton and value.shape == key.shape:
         out = flash_decode(query.contiguous(), key, value, mask, scaling)
         return out.view(batch, 1, heads, size), None
     key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
@@ -2874,6 +2858,10 @@ def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
     max_tokens, before = max(max_tokens, 16), graphs_compiled()
     check_compilable(model, max_tokens)
     cache, step = static_cache(model, max_tokens), None
+    import torch._inductor.lowering  # 0.6 s, which eager measurements need not spend
+
+    # Inductor's own form of it loses the group size in `layers_as_regions` (torch 2.13, quantized_lowerings.py:114)
+    torch._inductor.lowering.make_fallback(torch.ops.aten._weight_int4pack_mm_for_cpu.default)
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # where Triton launches and graphs are captured
     ordinary = model._supports_attention_backend and {type(layer) for layer in cache.layers} == {StaticLayer}
@@ -2898,10 +2886,8 @@ def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
         cache = step.cache
         step.compile()
     else:
-        cache.layers = [
-            StaticLayer(max_tokens) if type(layer) is StaticSlidingWindowLayer else layer
-            for layer in cache.layers
-        ]
+        slides = lambda layer: type(layer) is StaticSlidingWindowLayer
+        cache.layers = [StaticLayer(max_tokens) if slides(layer) else layer for layer in cache.layers]
         if not model._can_compile_fullgraph:
             raise Failure(f"{NOT_COMPILED}: {LEAVE_OUT}")
         options = INDUCTOR_OPTIONS | {"triton.cudagraphs": model.device.type == "cuda"}

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from conftest import ANSWER, ROOT
-from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
 
 import qwquanto as q
 
@@ -21,10 +20,10 @@ KINDS = {name: getattr(optimum.quanto, f"q{name}") for name in PRECISIONS[1:]}
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Nothing compiled before, and int4 in its plain form (TinyGemm's CPU packing cannot be undone)."""
+def fresh():
+    """Nothing compiled before, and Quanto as the script mends it."""
     torch._dynamo.reset()
-    monkeypatch.setattr(WeightQBitsTensor, "create", staticmethod(WeightQBitsTensor))
+    q.mend_quanto()
 
 
 def quantized(model, weights):
@@ -90,6 +89,13 @@ def test_compiled_logits_are_quantos(tiny, weights):
     assert (done.way, done.graphs) == (q.OWN_STEP, 1)
 
 
+def test_int4_on_a_cpu_keeps_tinygemms_tensors():
+    """Layers of more than 128 inputs, and a multiple of 16 outputs."""
+    model = random_model("llama", "int4", hidden_size=256, intermediate_size=512)
+    assert isinstance(q.dequant_linear(model.model.layers[0].mlp.up_proj), q.TinyGemmLinear)
+    assert compile_and_compare(model).way == q.OWN_STEP
+
+
 WINDOWS = {"sliding_window": 16, "num_hidden_layers": 3}
 
 
@@ -149,7 +155,7 @@ def test_two_models_in_one_program_keep_apart(tiny):
 
 
 @pytest.mark.parametrize("weights", PRECISIONS)
-@pytest.mark.parametrize(("rows", "columns"), [(24, 100), (1, 64), (7, 20), (40, 256)])
+@pytest.mark.parametrize(("rows", "columns"), [(24, 100), (1, 64), (7, 20), (40, 256), (48, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_odd_shapes(rows, columns, dtype, weights):
     """One token and several through each kind of layer, against its weights in float64; the input is not contiguous."""
