@@ -2628,9 +2628,10 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     transformers' own sdpa copies keys and values for every head, and reads all of a static cache. Refuses the variants
     that it would get wrong.
     """
-    given = {name for name, value in more.items() if value is not None}
-    if given & {"softcap", "s_aux", "sliding_window", "position_bias"} or mask is None:
-        raise Failure("this script's step does not know this attention")
+    unknown = {name for name, value in more.items() if value is not None}
+    unknown &= {"softcap", "s_aux", "sliding_window", "position_bias"}
+    if unknown or mask is None:
+        raise Failure(f"this script's step does not know this attention ({', '.join(unknown) or 'no mask'})")
     batch, heads, length, size = query.shape
     # value.shape: DeepSeek's values are narrower
     if length == 1 and query.is_cuda and triton and value.shape == key.shape:
