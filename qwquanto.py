@@ -26,7 +26,7 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
 
     TTFT             time to first token: from the call of generate() until the first new token is sampled
     decode tokens/s  (new tokens - 1) / (time of the last token - time of the first): N tokens have N-1 intervals
-    ±                sample standard deviation; of rates, over runs of at least 32 tokens and the positions all reached
+    ±                sample standard deviation; for rates: of runs of at least 32 tokens, over the positions all reached
     inter-token      the gaps between tokens; percentiles pool all timed runs
     pace             decode tokens/s over the first and over the last tenth of answers of 200 tokens and more
     latency          the whole generate() call, device synchronized at both ends
@@ -129,13 +129,12 @@ SCHEMA = 1  # of the JSON
 PRECISIONS = ("none", "int8", "float8", "int4", "int2")  # in the order of running, see `measure_quality`
 BITS = {"none": 16, "int8": 8, "float8": 8, "int4": 4, "int2": 2}
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-PREFILL_TOKENS = 512  # as llama-bench's pp512
 KL_KEPT, KL_BROKEN = 0.05, 0.5  # nats: up to the first answers are kept, above the second they are broken
 MIN_POSITIONS = 100  # of a KL: llama-perplexity prints no statistics on fewer
 MIN_RATE_TOKENS = 32  # of a run whose rate counts for a spread
 LONG_ANSWER_TOKENS = 200  # of a run that shows a pace
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
-SILENCE_S = 900  # a step that says nothing for so long hangs; loading may take as long as it takes
+SILENCE_S = 900  # a step that is silent for so long counts as hung; loading may take as long as it takes
 EXIT_S = 10  # for a worker to end by itself once it has measured everything
 
 
@@ -333,13 +332,14 @@ class Quality:
 class Compiled:
     """This script's compiled decode step: seconds to prepare, compile and capture; graphs; what it measured."""
 
-    way: str  # "fast step", or "transformers' own"
+    way: str  # OWN_STEP or STATIC_CACHE
     seconds: float
     graphs: int
     recompilations: int = 0  # within timed runs
     runs: list[Run] = field(default_factory=list)
     bytes_per_token: int | None = None
     bandwidth_utilization: float | None = None
+    quality: Quality | None = None
 
 
 @dataclass
@@ -388,7 +388,7 @@ class Result:
     quality: Quality | None = None
     notes: list[str] = field(default_factory=list)
     failure: str | None = None
-    unavailable: bool = False  # the failure is a lack of this machine
+    unavailable: bool = False  # the failure: this machine lacks something that it needs
     concerns_all: bool = False  # the failure is the model's or the device's, whatever the precision
     complete: bool = False
 
@@ -403,8 +403,15 @@ class Result:
 
     @property
     def timed_runs(self) -> list[Run]:
-        """The runs that were asked for: the compiled step's under --compile."""
-        return self.compiled.runs if self.compiled else self.runs
+        """The runs that were asked for: the compiled step's under --compile, if there are any."""
+        return (self.compiled and self.compiled.runs) or self.runs
+
+    @property
+    def eager_complete(self) -> bool:
+        """Whether the eager model was measured to its end, so that it can be recommended."""
+        s = self.settings
+        judged = self.quality or self.is_reference or not s.quality_tokens or s.random_weights
+        return self.complete or bool(self.prefill_tokens and judged)
 
 
 @dataclass
@@ -418,6 +425,11 @@ class Benchmark:
     )
     version: str = __version__
     schema: int = SCHEMA
+
+    @property
+    def described(self) -> Result:
+        """The first Result that knows the machine, else the first."""
+        return next((r for r in self.results if r.environment), self.results[0])
 
 
 def to_json(benchmark: Benchmark) -> str:
@@ -475,7 +487,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def student_t(freedom: float) -> float:
-    """The two-sided 95 % quantile of Student's t: a table of whole degrees, then a series; never too small by 0.1 %."""
+    """The two-sided 95 % quantile of Student's t: a table of whole degrees, then a series, at most 0.1 % too small."""
     table = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     return table[max(1, int(freedom)) - 1] if freedom < 11 else 1.96 + 2.4 / freedom + 2.8 / freedom**2
 
@@ -554,12 +566,9 @@ def distortion(r: Result, base: Result) -> float:
     return max(ratios, key=lambda x: abs(math.log(x)), default=1.0)
 
 
-def speed_interval(r: Result, base: Result, compiled: bool = False) -> tuple[float, float] | None:
-    """The 95 % interval of r's decode rate over base's, eager or in the compiled step; None where it is unknown."""
-    if r.devices != base.devices or (compiled and not (r.compiled and base.compiled)):
-        return None
-    pair = (r.compiled.runs, base.compiled.runs) if compiled else (r.runs, base.runs)
-    return ratio_interval(*pair, distortion(r, base))
+def speed_interval(r: Result, base: Result) -> tuple[float, float] | None:
+    """The 95 % interval of r's eager decode rate over base's; None where it is unknown."""
+    return ratio_interval(r.runs, base.runs, distortion(r, base)) if r.devices == base.devices else None
 
 
 def judge(interval: tuple[float, float] | None, limit: float) -> str:
@@ -578,8 +587,7 @@ def verdict(r: Result) -> str:
     """What became of the answers: kept, changed or broken, "or" where the interval of KL holds a limit; – if unknown."""
     if r.quality is None or r.quality.kl_standard_error is None:
         return "–"
-    low, high = kl_interval(r.quality)
-    named = [sum(kl > limit for limit in (KL_KEPT, KL_BROKEN)) for kl in (low, high)]
+    named = [sum(kl > limit for limit in (KL_KEPT, KL_BROKEN)) for kl in kl_interval(r.quality)]
     names = ("kept", "changed", "broken")
     return names[named[0]] if named[0] == named[1] else f"{names[named[0]]} or {names[named[1]]}"
 
@@ -640,7 +648,7 @@ def warnings_for(r: Result) -> list[str]:
         share = percent(r.quantizable_bytes / r.unquantized_bytes)
         found.append(f"Quanto reaches only {share} % of the weights; the others stay as stored.")
     if s.quanto_kernels and (lost := [text for text in r.defects if " bias " in text]):
-        found.append(f"RUNS AS SHIPPED: {lost[0]}.")
+        found.append(f"RUNS AS SHIPPED: {lost[0].removeprefix('as shipped, ')}.")
     if verdict(r) == "broken":
         found.append(f"BREAKS THIS MODEL (KL {format_3g(q.kl_divergence)} nats): do not use it.")
     if q and q.positions < MIN_POSITIONS:
@@ -651,7 +659,10 @@ def warnings_for(r: Result) -> list[str]:
     if r.compiled:
         found += instability("compiled", r.compiled.runs, bool(s.compare))
         if r.compiled.recompilations:
-            found.append(f"{plural(r.compiled.recompilations, 'recompilation')} within the timed runs count.")
+            found.append(f"The timed runs include {plural(r.compiled.recompilations, 'recompilation')}.")
+        own, least = r.compiled.quality, kl_interval(q)[1] if q else 0
+        if own and kl_interval(own)[0] > max(KL_KEPT, least):
+            found.append(f"THE COMPILED STEP ANSWERS OTHERWISE (KL {kl_text(own)}): do not use its speed.")
     return found + r.notes
 
 
@@ -708,7 +719,7 @@ class Expectation:
 
 
 def expectations(results: list[Result]) -> list[Expectation]:
-    """One where its precisions were measured."""
+    """One per claim whose precisions were measured."""
     by_name = {r.name: r for r in results}
     base, int8, float8, int4 = map(by_name.get, ("none", "int8", "float8", "int4"))
     found = []
@@ -725,14 +736,14 @@ def expectations(results: list[Result]) -> list[Expectation]:
     for r in results:
         if r.quality and r.settings.weights:
             low, high = kl_interval(r.quality)
-            said = "met" if high <= KL_KEPT else "not met" if low > KL_KEPT else "too close to call"
+            said = judge((-high, -low), -KL_KEPT)
             found.append(Expectation("answers very close", r.label, f"KL {kl_text(r.quality)}", said))
     if int8 and int8.torch_compile:
         found.append(expected_torch_compile(int8))
     both = [r.quality for r in (float8, int8) if r and r.quality]
     if len(both) == 2 and both[0].reference == both[1].reference:
         (low, high), (least, most) = map(kl_interval, both)
-        said = "met" if high < least else "not met" if low > most else "too close to call"
+        said = judge((least - high, most - low), 0)
         measured = f"KL {kl_text(both[0])} against {kl_text(both[1])}"
         found.append(Expectation("more exact than int8", "float8", measured, said))
     if int8 and int4 and int8.weight_bytes and int4.weight_bytes:
@@ -781,7 +792,7 @@ def recommendation(results: list[Result]) -> list[str]:
 
     Only what was measured to its end is recommended.
     """
-    done = [r for r in results if r.complete and r.weight_bytes and decode_rate(r.runs)]
+    done = [r for r in results if r.eager_complete and r.weight_bytes and decode_rate(r.runs)]
     kept = [r for r in done if verdict(r) == "kept"]
     if not done:
         return []
@@ -911,8 +922,7 @@ def bars(values: list[float | None], texts: list[str], best: float | None = None
 
 def report(benchmark: Benchmark) -> list[Any]:
     """The whole report of what was measured, a single precision or a comparison."""
-    results = benchmark.results
-    first = next((r for r in results if r.environment), results[0])
+    results, first = benchmark.results, benchmark.described
     compared, compiled = bool(first.settings.compare), any(r.compiled for r in results)
     parts = [heading(first), *(recommendation(results) if compared else single_headline(first)), ""]
     for block in (hardware(first), alerts(benchmark)):
@@ -937,7 +947,7 @@ def single_headline(r: Result) -> list[str]:
     if not r.timed_runs or r.weight_bytes is None:
         return []
     rate, ttft = decode_rate(r.timed_runs), median(run.ttft_s for run in r.timed_runs)
-    how = " in this script's compiled step" if r.compiled else ""
+    how = " in this script's compiled step" if r.timed_runs is not r.runs else ""
     parts = [f"{format_3g(rate)} tokens/s{how}" if rate else "no speed (answers of one token)"]
     parts += [f"first token after {format_3g(ttft)} s", f"weights {format_3g(r.weight_bytes, 1e6)} MB"]
     if r.settings.weights:
@@ -966,7 +976,7 @@ def alerts(benchmark: Benchmark) -> list[str]:
         for text in warnings_for(r):
             said.setdefault(text, []).append(r.label)
     for text, labels in said.items():
-        style = "red" if re.search(r"BREAKS|NOTHING WAS|AS SHIPPED", text) else "yellow"
+        style = "red" if re.search(r"BREAKS|NOTHING WAS|AS SHIPPED|OTHERWISE", text) else "yellow"
         whose = f"{', '.join(labels)}: " if len(labels) < len(results) else ""
         lines.append(f"[bold {style}]! {whose}{escape(text)}[/]")
     if compared:
@@ -974,9 +984,11 @@ def alerts(benchmark: Benchmark) -> list[str]:
     return lines
 
 
-def row_label(r: Result) -> str:
-    """A row's name, marked if it failed or was not finished."""
-    return f"{r.label} [red]✗[/]" if r.failure else r.label if r.complete else f"{r.label} [yellow]…[/]"
+def row_label(r: Result, compiled: bool = False) -> str:
+    """A row's name, marked if what it shows failed or was not finished."""
+    if r.complete or (r.eager_complete and not compiled):
+        return r.label
+    return f"{r.label} [red]✗[/]" if r.failure else f"{r.label} [yellow]…[/]"
 
 
 def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
@@ -989,7 +1001,7 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     base = next((r for r, rate in zip(results, rates, strict=True) if rate and r.name == "none"), None)
     energy = compiled and any(joules_per_token(runs) for runs in groups)
     for r, runs, rate, cell in zip(results, groups, rates, drawn, strict=True):
-        row, measured = [row_label(r), cell], r.compiled if compiled else r
+        row, measured = [row_label(r, compiled), cell], r.compiled if compiled else r
         if base:
             alike = rate and r.devices == base.devices
             row.append(format_3g(rate / rates[results.index(base)]) if alike else "–")
@@ -1059,7 +1071,9 @@ def memory_table(r: Result) -> list[Any]:
         quantized += f"; {plural(r.skipped_layers, 'layer')} with a forward of its own left alone"
     stored = f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/]"
     stored += f"; unquantized {r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved"
-    return [*parts, f"{stored}. Loaded in {format_3g(r.load_s)} s.", quantized + ".", ""]
+    peaks = [f"{name} {gib(size)}" for name, size in r.memory.get("peak of compiled runs", {}).items()]
+    step = [f"Peak in the compiled step: {', '.join(peaks)} GiB."] if peaks else []
+    return [*parts, *step, f"{stored}. Loaded in {format_3g(r.load_s)} s.", quantized + ".", ""]
 
 
 def comparison_memory(results: list[Result]) -> list[Any]:
@@ -1089,7 +1103,10 @@ def comparison_quality(results: list[Result]) -> list[Any]:
     if not any(r.is_reference and r.name == "none" for r in results):
         title += ", the most precise one that ran"
     columns = ("weights", "KL nats", "KL p99", "same top token %", "answers")
-    return table(title, columns, rows) if positions else []
+    judged = [(r.label, r.compiled.quality) for r in results if r.compiled and r.compiled.quality]
+    each = ", ".join(f"{label} {kl_text(q)}" for label, q in judged)
+    step = [f"KL of the compiled step's answers: {each}.", ""] if judged else []
+    return table(title, columns, rows) + step if positions else []
 
 
 def expected_table(results: list[Result]) -> list[Any]:
@@ -1127,7 +1144,7 @@ def answers(results: list[Result]) -> list[Any]:
 
 def file_facts(benchmark: Benchmark) -> dict[str, Any]:
     """What a file's figures depend on: date, script, devices, versions and settings."""
-    first = next((r for r in benchmark.results if r.environment), benchmark.results[0])
+    first = benchmark.described
     known = {"date": benchmark.date, "qwquanto": benchmark.version, "devices": ", ".join(first.devices)}
     settings = {key.upper(): value for key, value in dataclasses.asdict(first.settings).items()}
     for own in ("WEIGHTS", "RESULTS", "REPORT"):
@@ -1178,8 +1195,8 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
     if any(r.name not in first for b in benchmarks for r in b.results):
         title += f", or its {other.label}"
     columns = ("result", "decode tok/s", "weights", "peak", "KL nats", "against the first")
-    heading = "[bold]# Saved results, and what differs between them[/]"
-    return [heading, "", *lines, "", *table(title, columns, rows, left=6)]
+    saved = "[bold]# Saved results, and what differs between them[/]"
+    return [saved, "", *lines, "", *table(title, columns, rows, left=6)]
 
 
 def render(parts: list[Any], file: Any) -> None:
@@ -1193,7 +1210,7 @@ def render(parts: list[Any], file: Any) -> None:
 
 def save_report(parts: list[Any], path: str, title: str) -> None:
     """The report as a picture (.svg) or a page (.html)."""
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=110, file=nowhere, highlight=False, emoji=False)
         console.print(*parts, sep="\n")
     if path.endswith(".svg"):
@@ -1464,7 +1481,7 @@ def main(argv: list[str] | None = None) -> int:
     return 130 if stop.seen else int(bool(problems) or failed)
 
 
-if __name__ == "__main__" and "--worker" not in sys.argv:
+if __name__ == "__main__" and "--worker" not in sys.argv:  # here, so that the program never imports torch
     try:
         sys.exit(main())
     except BrokenPipeError:  # `| head`: whoever read has seen enough
@@ -1543,11 +1560,12 @@ except ImportError:  # no GPU that Triton knows
 
 # A warm-up run ends when it has had both, and warm-up only after so many seconds: a GPU machine is slow at first.
 WARMUP_TOKENS, WARMUP_S = 16, 5
-PREFILL_S = 10  # after which prefill is measured no more
+PREFILL_TOKENS, PREFILL_S = 512, 10  # as llama-bench's pp512; seconds after which it is measured no more
 GENERATION = (  # the settings of generate() that the report names
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "eos_token_id",
 )  # fmt: skip
 CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
+SMALLER = "ask for fewer tokens, or take a smaller model"
 TORCH_COMPILE_PAIRS = 5  # of torch.compile(model) as written
 TORCH_COMPILE_S = 300  # its time limit, for the day when it compiles
 ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
@@ -1594,11 +1612,20 @@ def step(doing: str, timeout_s: float | None = SILENCE_S) -> Iterator[None]:
         raise
 
 
+def first_line(error: BaseException) -> str:
+    """An exception's own words, cut to a line."""
+    lines = str(error).strip().splitlines() or [""]
+    return (lines[0] or type(error).__name__)[:300].rstrip(".: ")
+
+
 # --------------------------------------------------------------------------------------------------- devices
 
 
 def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
-    """Devices that `wanted` (DEVICE) means, for auto and cuda all GPUs after those that fail; notes. Raises Failure."""
+    """(devices, notes): the first working device that `wanted` (DEVICE) allows and those of its kind after it.
+
+    Raises Failure where there is none.
+    """
     notes, has_cuda = [], torch.cuda.is_available()
     if wanted != "cpu" and not has_cuda:
         with contextlib.suppress(pynvml.NVMLError):  # no driver
@@ -1733,7 +1760,7 @@ def snapshot(devices: list[str], handles: dict[str, Any], cuda: str = "current")
 def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callable[[], dict[str, int]]]:
     """Watches memory within the block; the function it yields gives the peaks so far, named as in `snapshot`.
 
-    What keeps no peak a thread looks at ten times a second; asking torch's CUDA allocator so often slows the runs.
+    A thread polls, ten times a second, what keeps no peak itself; polling torch's CUDA allocator would slow the runs.
     """
     for device in devices:
         if device.startswith("cuda"):
@@ -1851,7 +1878,7 @@ def download_files(model_name: str, with_weights: bool, plain_lines: bool) -> st
 
 
 def weight_names(folder: str, files: Iterable[str]) -> list[str]:
-    """Of these files those that from_pretrained takes weights from, as `folder` has the index; none if one is missing."""
+    """Those of `files` that from_pretrained reads weights from, by the index in `folder`; none if one is missing."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if name in files:
             return [name]
@@ -2223,7 +2250,7 @@ def weight_stats(model: Any, devices: list[str]) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parameters),
         "weight_bytes": stored_bytes([*parameters, *buffers]),
         "device_weight_bytes": {
-            d: stored_bytes(p for p in parameters if str(p.device).startswith(d)) for d in devices
+            d: stored_bytes(p for p in parameters if str(p.device) in (d, f"{d}:0")) for d in devices
         },
         "unquantized_bytes": unquantized({id(t): t for t in [*parameters, *buffers]}.values()),
         "quantizable_bytes": unquantized(linear),
@@ -2246,13 +2273,6 @@ def decode_weight_bytes(model: Any) -> int | None:
     return stored_bytes(model.parameters()) - (0 if tied else stored_bytes([given.weight]))
 
 
-def first_line(error: BaseException) -> str:
-    """An exception's own words, cut to a line."""
-    lines = str(error).strip().splitlines() or [""]
-    return (lines[0] or type(error).__name__)[:300].rstrip(".: ")
-
-
-SMALLER = "ask for fewer tokens, or take a smaller model"
 # of CUDA and MPS, of the CPU on Linux and on Windows, of cuBLAS
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 KNOWN_ERRORS = {  # what an error's text says -> what the user is told
@@ -2270,7 +2290,7 @@ KNOWN_ERRORS = {  # what an error's text says -> what the user is told
 
 
 def describe_error(error: Exception, advice: str) -> tuple[str, bool]:
-    """An exception in the user's words, and whether it is a lack of this machine (else it is a failure)."""
+    """An exception in the user's words, and whether this machine lacks something (else it is a failure)."""
     text, doing = str(error), getattr(error, "step", "starting")
     if isinstance(error, Failure):
         return text, False
@@ -2622,6 +2642,9 @@ class SharedProducts(CustomGraphPass):
         return "qwquanto.SharedProducts 1"  # Inductor's cache on disk goes by it
 
 
+INDUCTOR_OPTIONS = {"combo_kernels": True, "post_grad_custom_pre_pass": SharedProducts()}
+
+
 def window_attention(module, query, key, value, mask, scaling=None, **more):
     """Attention over the first mask.shape[-1] places of the cache; heads of a group share their keys uncopied.
 
@@ -2696,7 +2719,7 @@ class DecodeStep:
     def agrees(self) -> bool:
         """Whether the model answers the same with this step's attention as with its own, for some prompt and a token.
 
-        Rounding alone can change an answer to a strange prompt by half; wrong attention is right for none.
+        Rounding alone can move a nonsense prompt's logits by half, so one prompt suffices; wrong attention agrees on none.
         """
         config, device = self.model.config, self.model.device
         own, vocabulary = config._attn_implementation, config.get_text_config().vocab_size
@@ -2770,7 +2793,6 @@ class DecodeStep:
         return (self.places[: -(-length // WINDOW) * WINDOW] <= self.places[:length, None])[None, None]
 
 
-INDUCTOR_OPTIONS = {"combo_kernels": True, "post_grad_custom_pre_pass": SharedProducts()}
 transformers.AttentionInterface.register("qwquanto", window_attention)
 
 
@@ -2801,7 +2823,7 @@ def check_compilable(model: Any, max_tokens: int) -> None:
         raise Failure(f"{NOT_COMPILED}: it is no causal language model: {LEAVE_OUT}")
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    limit = rope.get("original_max_position_embeddings") or max_positions(model.config)
     # Phi-3's prepare_inputs_for_generation (modeling_phi3.py) drops the cache where the frequencies change
     if rope.get("rope_type") == "longrope" and max_tokens > limit:
         raise Failure(
@@ -3047,7 +3069,7 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
             name = f"{kind}run {i + 1} of {count}"
             run = run_once(bench, bench.settings.seed + i, left + name)
             runs.append(run)
-            result.memory["peak of runs"] = peak()
+            result.memory["peak of runs" if target is result else "peak of compiled runs"] = peak()
             target.bytes_per_token = decode_read_bytes(bench, run)
             target.bandwidth_utilization = utilization(result, runs, target.bytes_per_token)
             save(result)
@@ -3125,12 +3147,12 @@ def try_torch_compile(bench: Bench, result: Result) -> None:
 # --------------------------------------------------------------------------------------------------- quality
 
 
-def measure_quality(bench: Bench, result: Result, folder: Path) -> None:
-    """The first model to come here leaves its greedy answer in `folder`, as the reference; the others are judged on it.
+def measure_quality(bench: Bench, result: Result, folder: Path) -> Quality | None:
+    """The first model to come here leaves its greedy answer in `folder`, as the reference; all others are judged on it.
 
-    On the path that is timed: the reference's tokens are forced one by one through generate()'s own decode step by a
-    logits processor that sees the logits first. Each position is log-softmaxed in float32 as it comes and the
-    reference's rows stay on disk, so a large vocabulary costs little memory.
+    On the path that is timed: a logits processor forces the reference's tokens one by one through generate()'s own decode
+    step. Each position is log-softmaxed in float32 as it comes and the reference's rows stay on disk, so a large vocabulary
+    costs little memory.
     """
     s, tokens_file = bench.settings, folder / "tokens.json"
     is_reference = not tokens_file.exists()
@@ -3152,21 +3174,20 @@ def measure_quality(bench: Bench, result: Result, folder: Path) -> None:
         return forced
 
     title = "the reference answer" if is_reference else "quality on the reference answer"
-    timeout_s = s.max_seconds if is_reference else math.inf  # the reference may be short, for all the same
+    timeout_s = s.max_seconds if is_reference else math.inf  # a short reference is equally short for all
     options = {"max_new_tokens": positions, "do_sample": False, "repetition_penalty": 1.0}
     with reference_file(folder, "wb" if is_reference else "rb") as rows:
         new, _, _ = generate(bench, title, timeout_s, logits_processor=[keep_or_force], **options)
-        if is_reference:  # its tokens last and at once: with them there is a reference
+        if is_reference:  # its tokens last, and atomically: with them there is a complete reference
             part = folder / "tokens.part"
             part.write_text(json.dumps({"name": result.label, "tokens": new}))
             os.replace(part, tokens_file)
             result.is_reference = True
-    if not is_reference:
-        error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
-        divergence = statistics.fmean(kl), error, percentile(kl, 99)
-        agreement = statistics.fmean(same), *wilson(sum(same), len(same))
-        result.quality = Quality(known["name"], len(kl), *divergence, *agreement)
-    save(result)
+            return None
+    error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
+    divergence = statistics.fmean(kl), error, percentile(kl, 99)
+    agreement = statistics.fmean(same), *wilson(sum(same), len(same))
+    return Quality(known["name"], len(kl), *divergence, *agreement)
 
 
 # --------------------------------------------------------------------------------------------------- measure
@@ -3213,7 +3234,7 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
         result.environment = describe_environment(bench.devices, bench.handles)
     with step("measuring the memory's bandwidth"):
         result.memory_bytes_per_s = {device: memory_bandwidth(device) for device in bench.devices}
-        # returns what was measured with; without CUDA the latter does nothing
+        # the measurement's own tensors; torch.cuda's does nothing without CUDA
         (torch.mps if bench.devices == ["mps"] else torch.cuda).empty_cache()
         result.memory["before load"] = snapshot(bench.devices, bench.handles)
         save(result)
@@ -3250,11 +3271,11 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
         result.generation = {name: getattr(used, name, None) for name in GENERATION}
 
 
-def measure_compiled(bench: Bench, result: Result) -> None:
-    """Ready this script's compiled decode step, and time it."""
+def measure_compiled(bench: Bench, result: Result, reference: Path | None) -> None:
+    """Ready this script's compiled decode step, time it and hold its answers against the reference too."""
     s, tokens = bench.settings, bench.prompt.shape[1]
-    judged = min(s.quality_tokens, bench.positions_left) if s.compare else 0
-    longest = max(tokens + bench.new_tokens, tokens + judged, PREFILL_TOKENS + 1)
+    judged = min(s.quality_tokens, bench.positions_left) if reference else 0
+    longest = tokens + max(bench.new_tokens, judged)
     log(f"compiling the decode step for up to {longest} tokens: this takes a minute or so")
     with step("compiling the decode step"):
         begin = time.perf_counter()
@@ -3266,31 +3287,38 @@ def measure_compiled(bench: Bench, result: Result) -> None:
         result.warmup, graphs = warmup_runs(bench), graphs_compiled()
         timed_runs(bench, result, result.compiled, s.runs)
         result.compiled.recompilations = graphs_compiled() - graphs
+    if reference:
+        with step("measuring the compiled model's quality"):
+            result.compiled.quality = measure_quality(bench, result, reference)
+            save(result)
 
 
 def measure(result: Result, reference: str | None, on_terminal: bool = False, debug: bool = False) -> None:
-    """Load and measure one configuration into `result`; a failure becomes a field of it. `reference`: a folder for the
-    answer that quality is judged on.
+    """Load and measure one configuration into `result`; a failure becomes a field of it.
+
+    `reference` is the folder for the answer that quality is judged on, of a comparison.
     """
     s, bench = result.settings, Bench(result.settings)
+    reference = Path(reference) if reference and s.quality_tokens and not s.random_weights else None
     try:
         load(bench, result, *set_up(bench, result, on_terminal))
         with step("running the model"):
             result.warmup = warmup_runs(bench)
-            # alone, the eager model is only the compiled step's measure: one run
+            # without a comparison, eager is only the compiled step's baseline: one run
             timed_runs(bench, result, result, 1 if s.compile and not s.compare else s.runs)
             result.kernels = kernels_of_a_step(bench)
             result.defects = quanto_defects(bench.model) if s.weights else []
+        with step("measuring prefill"):
+            measure_prefill(bench, result)
+        if reference:
+            with step("measuring quality"):
+                result.quality = measure_quality(bench, result, reference)
+                save(result)
         if s.compile and s.compare and s.weights == "int8":
             with step("trying torch.compile(model) as written", timeout_s=TORCH_COMPILE_S):
                 try_torch_compile(bench, result)
-        if s.compile:
-            measure_compiled(bench, result)
-        with step("measuring prefill"):
-            measure_prefill(bench, result)
-        if reference and s.quality_tokens and not s.random_weights:
-            with step("measuring quality"):
-                measure_quality(bench, result, Path(reference))
+        if s.compile:  # last: it changes the model, and may fail
+            measure_compiled(bench, result, reference)
         result.notes += busy_note("at the end")
         result.complete = True
     except Exception as error:  # whatever it is becomes the Result's failure

@@ -85,7 +85,8 @@ def compiled_comparison():
     made = comparison()
     for r, rates in zip(made, ((30, 31), (40, 42), (), (35, 36), (20, 21)), strict=True):
         r.settings = replace(r.settings, compile=True)
-        r.compiled = compiled(*rates) if rates else None
+        judged = quality(r.quality.kl_divergence * 1.001 if r.quality else 0.0002)
+        r.compiled = compiled(*rates, quality=judged) if rates else None
     return made
 
 

@@ -198,7 +198,7 @@ def test_quality_against_an_independent_float64_computation(tiny, tmp_path):
             q.Bench(mine, model=models[weights], prompt=prompt, positions_left=100),
             q.Result(mine),
         )
-        q.measure_quality(bench, results[weights], tmp_path)
+        results[weights].quality = q.measure_quality(bench, results[weights], tmp_path)
     answer = models[None].generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         at = slice(prompt.shape[1] - 1, answer.shape[1] - 1)

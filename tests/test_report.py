@@ -96,7 +96,12 @@ def test_random_weights_have_no_quality_and_say_so():
     assert "! Random weights" in shown and "Quality was not measured" in shown and "reference" not in shown
 
 
-def test_pages_and_pictures(tmp_path):
+def test_pages_and_pictures_whatever_the_locale(tmp_path, monkeypatch):
+    plain = open
+    ascii_open = lambda path, mode="r", *rest, encoding="ascii", **more: plain(
+        path, mode, *rest, encoding=encoding, **more
+    )
+    monkeypatch.setattr(q, "open", ascii_open, raising=False)
     for name, sign in (("x.svg", "<svg"), ("x.html", "<!DOCTYPE html>")):
         q.save_report(q.report(BENCHMARKS["single"]), str(tmp_path / name), "title")
         assert sign in (tmp_path / name).read_text(encoding="utf-8")

@@ -143,6 +143,49 @@ def test_comparison_of_every_precision(script, tiny):
     assert not list(script.temporary.glob("qwquanto-*"))
 
 
+def test_a_comparison_with_the_compiled_step(script, tiny):
+    """Its figures stand beside the eager ones and replace none of them."""
+    ended = script(
+        model_name=tiny,
+        question=QUESTION,
+        compare=("none", "int8"),
+        compile=True,
+        compare_tokens=40,
+        quality_tokens=40,
+    )
+    assert ended.code == 0, ended.err
+    none, int8 = ended.results
+    assert none["is_reference"] and none["quality"] is None
+    assert none["compiled"]["quality"]["kl_divergence"] < 0.01 and int8["quality"]["kl_divergence"] < 0.05
+    assert int8["compiled"]["quality"]["kl_divergence"] == pytest.approx(
+        int8["quality"]["kl_divergence"], abs=0.01
+    )
+    for r in ended.results:
+        assert len(r["runs"]) == len(r["compiled"]["runs"]) == 2 and r["complete"]
+        assert {"peak of runs", "peak of compiled runs"} <= set(r["memory"])
+    assert len(int8["torch_compile"]["bare_s"]) == 5 and int8["torch_compile"]["graphs"] == 0
+    assert "### This script's compiled decode step: medians" in ended.out
+    assert "KL of the compiled step's answers: bf16 " in ended.out
+
+
+def test_where_compiling_fails_the_eager_model_is_judged_and_recommended(script, tiny, tmp_path):
+    raises = '        raise RuntimeError("No working C++ compiler found")\n'
+    place = "        bench.compiled = prepare_compiled_decode(bench.model, longest)\n"
+    copy = edited(tmp_path, BANDWIDTH, (place, raises))
+    ended = script(
+        path=copy, model_name=tiny, question=QUESTION, compare=("none", "int8"), compile=True, compare_tokens=40,
+        quality_tokens=40,
+    )  # fmt: skip
+    none, int8 = ended.results
+    assert not none["complete"] and not int8["complete"] and none["unavailable"] and ended.code == 0
+    assert int8["quality"]["kl_divergence"] < 0.05 and int8["prefill_tokens"] == 512
+    assert (
+        "Smallest that keeps the answers: int8" in ended.out
+        and "unavailable: needs a C++ compiler" in ended.out
+    )
+    assert "bf16 ✗" not in ended.out and "int8 ✗" not in ended.out, "what the tables show was measured"
+
+
 def test_a_raising_and_an_unavailable_precision_are_rows(script, tiny, tmp_path):
     raises = (
         "    if s.weights == 'int8':\n        raise ValueError('odd weights')\n"

@@ -277,11 +277,15 @@ def test_of_equally_small_precisions_the_fastest_is_recommended():
     assert "keeps the answers: int8" in told and "0.450 times bf16's speed" in told
 
 
-def test_what_is_not_complete_is_never_recommended():
-    unfinished = result("int2", (99, 99), 0.001, stored=GIB // 8, complete=False)
+def test_only_what_was_measured_to_its_end_is_recommended():
+    """The eager model; what becomes of the compiled step, which comes last, does not matter to it."""
+    unfinished = result("int2", (99, 99), stored=GIB // 8, complete=False)
     told = advice(result("none", (20, 20), stored=2 * GIB), result("int8", (10, 10), 0.01), unfinished)
     assert "Fastest: bf16" in told and "Smallest: int8" in told and "keeps the answers: int8" in told
     assert "int2" not in told and advice(unfinished) == ""
+    uncompiled = replace(unfinished, quality=quality(0.001), failure="needs a C++ compiler")
+    assert "keeps the answers: int2" in advice(uncompiled)
+    assert q.row_label(uncompiled) == "int2" and "✗" in q.row_label(uncompiled, compiled=True)
 
 
 def test_speeds_that_cannot_be_told_apart_are_said_to_be():
@@ -361,6 +365,17 @@ def test_instability_and_drift_say_so_themselves():
 def test_what_a_reader_must_know_is_said(changes, warning):
     assert any(warning in line for line in q.warnings_for(result("int8", **changes)))
     assert q.warnings_for(result("int8", kl=0.001)) == []
+
+
+def test_a_compiled_step_that_answers_otherwise_is_said():
+    def told(eager, kl, error=0.001):
+        made = result("int8", quality=eager, compiled=compiled(20, 20, quality=quality(kl, error)))
+        return any("COMPILED STEP ANSWERS OTHERWISE" in line for line in q.warnings_for(made))
+
+    assert told(quality(0.004), 0.3) and told(None, 0.06)  # None: the reference itself
+    assert not told(quality(0.004), 0.03) and not told(None, 0.04)
+    assert not told(quality(4.2, 0.2), 4.4, 0.2), "as broken as the eager one"
+    assert not told(quality(0.04, 0.01), 0.07, 0.02), "unsure"
 
 
 def test_what_was_not_measured_alike_is_said():
