@@ -135,6 +135,7 @@ MIN_RATE_TOKENS = 32  # of a run whose rate counts for a spread
 LONG_ANSWER_TOKENS = 200  # of a run that shows a pace
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
 SILENCE_S = 900  # a step that is silent for so long counts as hung; loading may take as long as it takes
+ABOUT = 1.2  # times as fast, or as slow, that still counts as about the same speed
 EXIT_S = 10  # for a worker to end by itself once it has measured everything
 
 
@@ -571,6 +572,11 @@ def speed_interval(r: Result, base: Result) -> tuple[float, float] | None:
     return ratio_interval(r.runs, base.runs, distortion(r, base)) if r.devices == base.devices else None
 
 
+def is_about_one(interval: tuple[float, float] | None) -> bool:
+    """Whether a ratio's interval holds 1 and is narrow enough to say so; a wide one says nothing."""
+    return interval is not None and 1 / ABOUT <= interval[0] <= 1 <= interval[1] <= ABOUT
+
+
 def judge(interval: tuple[float, float] | None, limit: float) -> str:
     """Whether a figure of this interval is at least `limit`: met, not met or too close to call."""
     if interval is None or interval[0] < limit <= interval[1]:
@@ -807,10 +813,12 @@ def recommendation(results: list[Result]) -> list[str]:
         fastest = max(done, key=lambda r: decode_rate(r.runs))
         line = f"Fastest: {fastest.label} ({format_3g(decode_rate(fastest.runs))} tokens/s)"
         intervals = {r.label: speed_interval(r, fastest) for r in done if r is not fastest}
-        near = [name for name, interval in intervals.items() if interval and interval[1] >= 1]
-        unknown = [name for name, interval in intervals.items() if not interval]
+        near = [name for name, interval in intervals.items() if is_about_one(interval)]
+        unsure = [
+            n for n, interval in intervals.items() if n not in near and (not interval or interval[1] >= 1)
+        ]
         line += f", about as fast: {', '.join(near)}" if near else ""
-        line += f", not surely slower: {', '.join(unknown)}" if unknown else ""  # a single run
+        line += f", not surely slower: {', '.join(unsure)}" if unsure else ""
         smallest = min(done, key=lambda r: r.weight_bytes)
         lines.append(f"{line}. Smallest: {smallest.label} ({gib(smallest.weight_bytes)} GiB).")
     for said in dict.fromkeys(verdict(r) for r in done):
@@ -1057,10 +1065,10 @@ def runs_table(r: Result) -> list[Any]:
 
 def memory_table(r: Result) -> list[Any]:
     """Every phase of memory, a row each kind; and the weights in two sentences."""
-    phases, rows = ("before load", "after load", "peak of load", "peak of runs"), []
-    for name in r.memory.get(phases[0], ()):
-        shown = name.replace("used", "used by all").replace("rss", "process RSS")
-        rows.append([shown, *(gib(r.memory.get(phase, {}).get(name)) for phase in phases)])
+    phases = ("before load", "after load", "peak of load", "peak of runs")
+    named = lambda name: name.replace("used", "used by all").replace("rss", "process RSS")
+    sizes = lambda name: [gib(r.memory.get(phase, {}).get(name)) for phase in phases]
+    rows = [[named(name), *sizes(name)] for name in r.memory.get(phases[0], ())]
     parts = table("Memory", ("GiB", *phases), rows) if rows else []
     if r.weight_bytes is None:
         return parts
@@ -1071,7 +1079,7 @@ def memory_table(r: Result) -> list[Any]:
         quantized += f"; {plural(r.skipped_layers, 'layer')} with a forward of its own left alone"
     stored = f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/]"
     stored += f"; unquantized {r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved"
-    peaks = [f"{name} {gib(size)}" for name, size in r.memory.get("peak of compiled runs", {}).items()]
+    peaks = [f"{named(name)} {gib(size)}" for name, size in r.memory.get("peak of compiled runs", {}).items()]
     step = [f"Peak in the compiled step: {', '.join(peaks)} GiB."] if peaks else []
     return [*parts, *step, f"{stored}. Loaded in {format_3g(r.load_s)} s.", quantized + ".", ""]
 
@@ -1152,24 +1160,29 @@ def file_facts(benchmark: Benchmark) -> dict[str, Any]:
     return known | first.environment | settings
 
 
-def against(r: Result, base: Result, runs: list[Run], base_runs: list[Run]) -> str:
-    """How a saved result stands to another one.
+def against(r: Result, base: Result) -> list[str]:
+    """How a saved result stands to another one: speed, the compiled step's speed, peak of memory and KL.
 
     Bandwidths widen the interval of the speeds on one machine alone: between two, they are the difference itself.
     """
-    found, same_machine = [], hardware(r)[:1] == hardware(base)[:1]
-    if ratio := ratio_interval(runs, base_runs, distortion(r, base) if same_machine else 1.0):
-        near = "about the same speed" if ratio[0] <= 1 <= ratio[1] else None
-        found.append(near or f"{format_3g(ratio[0])} to {format_3g(ratio[1])} x speed")
-    if r.compiled and runs is r.compiled.runs:
-        return ", ".join(found)
+    widened = distortion(r, base) if hardware(r)[:1] == hardware(base)[:1] else 1.0
+
+    def speed(runs: list[Run], base_runs: list[Run]) -> str:
+        if not (ratio := ratio_interval(runs, base_runs, widened)):
+            return "–"
+        return (
+            "about the same" if is_about_one(ratio) else f"{format_3g(ratio[0])} to {format_3g(ratio[1])} x"
+        )
+
+    steps = [one.compiled.runs if one.compiled else [] for one in (r, base)]
+    cells = [speed(r.runs, base.runs), speed(*steps), "–", "–"]
     (peak, kind), (before, base_kind) = peak_bytes(r), peak_bytes(base)
     if peak and before and kind == base_kind:
-        found.append(f"{format_3g(peak / before)} x peak")
+        cells[2] = f"{format_3g(peak / before)} x"
     if r.quality and base.quality and r.quality.reference == base.quality.reference:
         (low, high), (least, most) = kl_interval(r.quality), kl_interval(base.quality)
-        found.append("less KL" if high < least else "more KL" if low > most else "about the same KL")
-    return ", ".join(found)
+        cells[3] = "less" if high < least else "more" if low > most else "about the same"
+    return cells
 
 
 def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
@@ -1182,21 +1195,24 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
         if len(set(values)) > 1:
             lines.append(f"{key}: {'; '.join(map(' '.join, zip(names, values, strict=True)))}")
     first, other = {r.name: r for r in benchmarks[0].results}, benchmarks[0].results[0]
+    changes: list[list[str]] = []
     for name, benchmark in zip(names, benchmarks, strict=True):
         for r in benchmark.results:
-            base, memory = first.get(r.name, other), [gib(r.weight_bytes), gib(peak_bytes(r)[0])]
-            change = against(r, base, r.runs, base.runs) if r is not base else ""
-            rows.append([f"{name} {row_label(r)}", rate_text(r.runs), *memory, kl_text(r.quality), change])
-            if r.compiled:
-                runs = base.compiled.runs if base.compiled else []
-                change = against(r, base, r.compiled.runs, runs) if r is not base else ""
-                rows.append([f"{name} {r.label} compiled", rate_text(r.compiled.runs), "", "", "", change])
-    title = f"In GiB; against the same precision of {names[0]}"
-    if any(r.name not in first for b in benchmarks for r in b.results):
-        title += f", or its {other.label}"
-    columns = ("result", "decode tok/s", "weights", "peak", "KL nats", "against the first")
-    saved = "[bold]# Saved results, and what differs between them[/]"
-    return [saved, "", *lines, "", *table(title, columns, rows, left=6)]
+            rates = [rate_text(r.runs), rate_text(r.compiled.runs if r.compiled else [])]
+            sizes, base = [gib(r.weight_bytes), gib(peak_bytes(r)[0])], first.get(r.name, other)
+            rows.append([f"{name} {row_label(r)}", *rates, *sizes, kl_text(r.quality)])
+            changes += [[f"{name} {r.label}", *against(r, base)]] if r is not base else []
+    columns = ("result", "decode tok/s", "compiled", "weights", "peak", "KL nats")
+    parts = table("Decode eager and compiled, memory in GiB, answers", columns, rows)
+    if changes:
+        title = f"Against the same precision of {names[0]}"
+        title += (
+            f", or its {other.label}"
+            if any(r.name not in first for b in benchmarks for r in b.results)
+            else ""
+        )
+        parts += table(title, ("result", "eager speed", "compiled speed", "peak", "KL"), changes, left=5)
+    return ["[bold]# Saved results, and what differs between them[/]", "", *lines, "", *parts]
 
 
 def render(parts: list[Any], file: Any) -> None:

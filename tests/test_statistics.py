@@ -289,8 +289,9 @@ def test_only_what_was_measured_to_its_end_is_recommended():
 
 
 def test_speeds_that_cannot_be_told_apart_are_said_to_be():
-    base = result("none", (19, 21), stored=2 * GIB)
-    assert "Fastest: bf16 (20.0 tokens/s), about as fast: int8." in advice(base, result("int8", (18.5, 20.5)))
+    base = result("none", (19.9, 20.1), stored=2 * GIB)
+    assert "Fastest: bf16 (20.0 tokens/s), about as fast: int8." in advice(base, result("int8", (19.7, 20)))
+    assert "Fastest: bf16 (20.0 tokens/s), not surely slower: int8." in advice(base, result("int8", (8, 18)))
     assert "about" not in advice(result("none", (19.9, 20)), result("int8", (10, 10.1)))
     assert "Fastest: bf16 (20.0 tokens/s), not surely slower: int8." in advice(base, result("int8", (10,)))
 
