@@ -1654,7 +1654,7 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
     found += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     candidates = [device for device in found if wanted in ("auto", device, torch.device(device).type)]
     if not candidates:
-        raise Failure(f"there is no device {wanted} here (found: {', '.join(found)}). {' '.join(notes)}")
+        raise Failure(f"there is no device {wanted} here (found: {', '.join([*found, *notes])})")
     for i, device in enumerate(candidates):
         try:
             torch.ones(2, device=device).sum().item()
@@ -2297,6 +2297,7 @@ KNOWN_ERRORS = {  # what an error's text says -> what the user is told
     "Python.h": "needs Python's headers (apt install python3-dev)",
     "working triton": "needs a working Triton (pip install triton; on Windows triton-windows)",
     "No module named 'triton'": "needs Triton (pip install triton; on Windows triton-windows)",
+    "not recognize this architecture": "this transformers does not know the model's architecture: take a newer one",
     "trust_remote_code": "the model runs code of its repository: read it, then add --trust-remote-code",
     # transformers integrations/quanto.py:42 takes one tensor a layer
     "automatic conversion": "transformers cannot quantize this checkpoint with Quanto: --weights none runs it",
@@ -3209,12 +3210,12 @@ def measure_quality(bench: Bench, result: Result, folder: Path) -> Quality | Non
 # --------------------------------------------------------------------------------------------------- measure
 
 
-def tokenize(s: Settings, tokenizer: Any, model: Any) -> Any:
+def tokenize(s: Settings, tokenizer: Any, config: transformers.PreTrainedConfig) -> torch.Tensor:
     """The question's token ids, shape [1, tokens]; random ones with random weights. Raises Failure."""
-    longest = max_positions(model.config)
+    longest = max_positions(config)
     if tokenizer is None:
         torch.manual_seed(s.seed)
-        ids = torch.randint(10, model.config.get_text_config().vocab_size - 10, (1, 16))
+        ids = torch.randint(10, config.get_text_config().vocab_size - 10, (1, 16))
     elif not s.chat:
         ids = tokenizer(s.question, return_tensors="pt").input_ids
     elif getattr(tokenizer, "chat_template", None):
@@ -3225,11 +3226,11 @@ def tokenize(s: Settings, tokenizer: Any, model: Any) -> Any:
     most = (longest if s.compare else min(longest, s.max_length)) - 1
     if not 0 < ids.shape[1] <= most:
         raise Failure(f"the question has {ids.shape[1]} tokens; MAX_LENGTH and the model allow 1 to {most}")
-    return ids.to(model.get_input_embeddings().weight.device)
+    return ids
 
 
 def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None, Any]:
-    """Choose the device and get the model's files: their folder, and the meta model."""
+    """All that can fail before the model is loaded: device, files, question; the files' folder, and the meta model."""
     s, result.concerns_all = bench.settings, True
     with step("looking for a device"):
         bench.devices, notes = choose_devices(s.device)
@@ -3243,6 +3244,7 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
             bench.tokenizer = load_tokenizer(s.model_name, folder, s.trust_remote_code)
     with step("reading the model's configuration"):
         meta_model = make_meta_model(s, folder)
+        bench.prompt = tokenize(s, bench.tokenizer, meta_model.config)
         result.concerns_all = False
         place_model(bench, meta_model, stored or expected_bytes(meta_model, result.name))
         bench.handles, notes = nvml_handles(bench.devices)
@@ -3278,7 +3280,7 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
         bench.decode_weight_bytes = decode_weight_bytes(bench.model)
         save(result)
     with step("running the model"):
-        bench.prompt = tokenize(s, bench.tokenizer, bench.model)
+        bench.prompt = bench.prompt.to(bench.model.get_input_embeddings().weight.device)
         tokens = bench.prompt.shape[1]
         bench.positions_left = max_positions(bench.model.config) - tokens
         bench.new_tokens = min(s.compare_tokens if s.compare else s.max_length - tokens, bench.positions_left)

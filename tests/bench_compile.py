@@ -66,7 +66,7 @@ def torchao(s: q.Settings, pipe: Any, device: str = "cuda:0") -> None:
         quantization_config=quantization, device_map={"": device},
     )  # fmt: skip
     tokenizer = None if s.random_weights else q.load_tokenizer(s.model_name, folder, s.trust_remote_code)
-    prompt = q.tokenize(s, tokenizer, model)
+    prompt = q.tokenize(s, tokenizer, model.config).to(device)
     bench = q.Bench(s, [device], model=model.eval(), tokenizer=tokenizer, prompt=prompt)
     bench.new_tokens = s.compare_tokens
     bench.compiled = q.CompiledDecode(q.STATIC_CACHE, 0, {"cache_implementation": "static"})

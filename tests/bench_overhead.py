@@ -27,7 +27,7 @@ def main(argv: list[str], pairs: int = 24) -> None:
     folder = q.download_model(s.model_name, s.random_weights, True)
     model = q.load_model(s, folder, q.make_meta_model(s, folder), devices)
     tokenizer = None if s.random_weights else q.load_tokenizer(s.model_name, folder, s.trust_remote_code)
-    prompt = q.tokenize(s, tokenizer, model)
+    prompt = q.tokenize(s, tokenizer, model.config).to(devices[0])
     bench = q.Bench(s, devices, handles, model=model, tokenizer=tokenizer, prompt=prompt)
     bench.new_tokens, bench.positions_left = s.compare_tokens, 4096
     if s.compile:

@@ -51,7 +51,7 @@ def bench():
     handles, notes = q.nvml_handles(GPU)
     assert not notes
     model = q.load_model(s, None, q.make_meta_model(s, None), GPU)
-    prompt = q.tokenize(s, None, model)
+    prompt = q.tokenize(s, None, model.config).to("cuda:0")
     yield q.Bench(
         s, GPU, handles, model=model, prompt=prompt, new_tokens=48, positions_left=4096,
     )  # fmt: skip

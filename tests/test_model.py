@@ -217,7 +217,7 @@ def test_a_seed_gives_its_answer_again(tiny):
     s = settings(model_name=tiny, question=QUESTION, temperature=5.0)
     model = load(tiny, "int8")
     tokenizer = q.load_tokenizer(tiny, tiny, False)
-    prompt = q.tokenize(s, tokenizer, model)
+    prompt = q.tokenize(s, tokenizer, model.config)
     bench = q.Bench(s, model=model, tokenizer=tokenizer, prompt=prompt, new_tokens=20)
     answers = [q.run_once(bench, seed, "run").text for seed in (3, 4, 3)]
     assert answers[0] == answers[2] != answers[1]
@@ -225,14 +225,14 @@ def test_a_seed_gives_its_answer_again(tiny):
 
 def test_a_question_without_room_is_refused(tiny):
     model, tokenizer = load(tiny, "int8"), q.load_tokenizer(tiny, tiny, False)
-    count = q.tokenize(settings(), tokenizer, model).shape[1]
-    assert q.tokenize(settings(max_length=count + 1), tokenizer, model).shape[1] == count
+    count = q.tokenize(settings(), tokenizer, model.config).shape[1]
+    assert q.tokenize(settings(max_length=count + 1), tokenizer, model.config).shape[1] == count
     with pytest.raises(
         q.Failure, match=f"has {count} tokens; MAX_LENGTH and the model allow 1 to {count - 1}"
     ):
-        q.tokenize(settings(max_length=count), tokenizer, model)
+        q.tokenize(settings(max_length=count), tokenizer, model.config)
     with pytest.raises(q.Failure, match="allow 1 to 4095"):
-        q.tokenize(settings(question="+" * 9000, compare=("int8",)), tokenizer, model)
+        q.tokenize(settings(question="+" * 9000, compare=("int8",)), tokenizer, model.config)
 
 
 def test_a_configuration_without_dtype_takes_the_checkpoints(tmp_path):

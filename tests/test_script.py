@@ -113,7 +113,7 @@ def test_a_truncated_checkpoint_is_named(script, tmp_path):
 
 def test_a_missing_chat_template_is_named(script, tiny):
     ended = script(model_name=tiny, chat=True)
-    assert ended.code == 1 and "no chat template" in ended.out
+    assert ended.code == 1 and "no chat template" in ended.err and ended.out == ""
 
 
 # ------------------------------------------------------------------------------------------------ comparison
