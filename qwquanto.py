@@ -249,7 +249,7 @@ def at_least(least: int) -> tuple[Callable[[Any], bool], str]:
     return lambda v: type(v) is int and v >= least, f"a whole number from {least} on"
 
 
-ONE_OF = f"one of {', '.join(PRECISIONS)}"
+ONE_OF = f"one of {', '.join(PRECISIONS)} (none: as stored)"
 POSITIVE = (lambda v: type(v) is not bool and 0 < v < math.inf, "a number above 0")
 YES_OR_NO = (lambda v: type(v) is bool, "True or False")
 DTYPES = ("auto", *SHORT_DTYPES)
@@ -737,7 +737,7 @@ def expectations(results: list[Result]) -> list[Expectation]:
             measured = f"{ratio} %{span_of(interval, percent)}, both eager"
             why = "Speed: eager Quanto calls Python for every layer, and on a GPU widens 8-bit weights on every call."
             found.append(
-                Expectation("90-95 % of the 16-bit speed", "int8", measured, judge(interval, 0.9), why)
+                Expectation("at least 90 % of the 16-bit speed", "int8", measured, judge(interval, 0.9), why)
             )
     for r in results:
         if r.quality and r.settings.weights:
@@ -836,9 +836,12 @@ def recommended(kept: list[Result], base: Result | None) -> str:
     best = max((r for r in kept if r.weight_bytes <= 1.01 * least), key=lambda r: decode_rate(r.runs))
     rate = decode_rate(best.runs)
     line = f"[bold green]Smallest that keeps the answers: {best.label}[/], {gib(best.weight_bytes)} GiB"
-    line += f" of weights ({percent(saving(best))} % saved), {format_3g(rate)} tokens/s"
-    if base and base.devices == best.devices:
+    line += f" of weights ({percent(saving(best))} % saved), decode {format_3g(rate)} tokens/s"
+    if base and base is not best and base.devices == best.devices:
         line += f", {format_3g(rate / decode_rate(base.runs))} times {base.label}'s speed"
+        if best.prefill_tokens_per_s and best.prefill_tokens == base.prefill_tokens:
+            slower = base.prefill_tokens_per_s / best.prefill_tokens_per_s
+            line += f" (but prompts are read {format_3g(slower)} times slower)" if slower > ABOUT else ""
     if best.compiled and decode_rate(best.compiled.runs):
         line += f"; in this script's compiled step: {format_3g(decode_rate(best.compiled.runs))} tokens/s"
     return line + "."
@@ -1095,7 +1098,8 @@ def comparison_memory(results: list[Result]) -> list[Any]:
         rows.append(row + [format_3g(joules[i])] * any(joules))
     title = f"Memory in GiB (peak of runs: {' or '.join(sorted(kinds)) or 'unknown'})"
     columns = ("weights", "stored", "saved %", "peak", "load s", *["eager J/tok"] * any(joules))
-    return table(title, columns, rows)
+    said = "RSS counts libraries and freed memory too, so it hides what a small model saves: go by what is stored."
+    return table(title, columns, rows) + ([said, ""] if "RSS" in kinds else [])
 
 
 def comparison_quality(results: list[Result]) -> list[Any]:
@@ -1137,7 +1141,8 @@ def kernel_lines(results: list[Result]) -> list[Any]:
         if r.kernels:
             calls = ", ".join(f"{count} {name}" for name, count in r.kernels.items())
             lines.append(escape(f"{r.label}: {calls}"))
-        lines += [escape(f"{r.label}: {text}") for text in r.defects]
+        mended = "" if r.settings.quanto_kernels else " (mended here)"
+        lines += [escape(f"{r.label}: {text}{mended}") for text in r.defects]
     return ["[bold]### Kernels of one eager decode step[/]", "", *lines, ""] if lines else []
 
 
@@ -1147,7 +1152,9 @@ def answers(results: list[Result]) -> list[Any]:
     for r in results:
         text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())[:most].rstrip("\ufffd")
         rows += [[r.label, escape(text)]] if text else []  # (rstrip: half a character, cut by the end)
-    return table("The first answers begin", ("weights", "answer"), rows, left=2) if rows else []
+    sampled = len(results) > 1 and results[0].settings.do_sample
+    title = "The first answers begin" + " (sampled: each differs in wording)" * sampled
+    return table(title, ("weights", "answer"), rows, left=2) if rows else []
 
 
 def file_facts(benchmark: Benchmark) -> dict[str, Any]:
@@ -1205,7 +1212,7 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
     columns = ("result", "decode tok/s", "compiled", "weights", "peak", "KL nats")
     parts = table("Decode eager and compiled, memory in GiB, answers", columns, rows)
     if changes:
-        title = f"Against the same precision of {names[0]}"
+        title = f"Divided by the same precision of {names[0]}"
         title += (
             f", or its {other.label}"
             if any(r.name not in first for b in benchmarks for r in b.results)
@@ -1224,15 +1231,18 @@ def render(parts: list[Any], file: Any) -> None:
     print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n", file=file)
 
 
-def save_report(parts: list[Any], path: str, title: str) -> None:
-    """The report as a picture (.svg) or a page (.html)."""
+def save_report(parts: list[Any], path: str | None, title: str) -> list[str]:
+    """The report as a picture (.svg) or a page (.html), if a path is given; what could not be written."""
+    if not path:
+        return []
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=110, file=nowhere, highlight=False, emoji=False)
         console.print(*parts, sep="\n")
-    if path.endswith(".svg"):
-        console.save_svg(path, title=title)
-    else:
-        console.save_html(path)
+    try:
+        console.save_svg(path, title=title) if path.endswith(".svg") else console.save_html(path)
+    except OSError as error:
+        return [f"cannot write {path}: {error.strerror or error}"]
+    return []
 
 
 # --------------------------------------------------------------------------------------------------- workers
@@ -1425,11 +1435,7 @@ def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
     if any(r.memory for r in benchmark.results):
         parts = report(benchmark)
         render(parts, out)
-        if s.report:
-            try:
-                save_report(parts, s.report, f"python qwquanto.py, {s.model_name}")
-            except OSError as error:
-                problems.append(f"cannot write {s.report}: {error.strerror or error}")
+        problems += save_report(parts, s.report, f"python qwquanto.py, {s.model_name}")
     else:
         problems += dict.fromkeys(r.failure for r in benchmark.results if r.failure)
     if s.results == "-":
@@ -1438,8 +1444,8 @@ def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
     return problems
 
 
-def show(files: list[str]) -> int:
-    """The reports of saved results: of one file as it was printed, of several as one table."""
+def show(files: list[str], picture: str | None = None) -> int:
+    """The reports of saved results: of one file as it was printed, of several as one table; also as a picture."""
     benchmarks = []
     for file in files:
         try:
@@ -1449,8 +1455,11 @@ def show(files: list[str]) -> int:
         except (OSError, UnicodeDecodeError, Failure) as error:
             print(f"qwquanto: {file}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             return 2
-    render(report(benchmarks[0]) if len(files) == 1 else files_report(files, benchmarks), sys.stdout)
-    return 0
+    parts = report(benchmarks[0]) if len(files) == 1 else files_report(files, benchmarks)
+    render(parts, sys.stdout)
+    problems = save_report(parts, picture, " ".join(["python qwquanto.py --show", *files]))
+    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    return len(problems)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1459,11 +1468,12 @@ def main(argv: list[str] | None = None) -> int:
         # the report has Chinese and bars, whatever the locale
         stream.reconfigure(encoding="utf-8", errors="replace")
     s, args = parse(argv)
-    if args.show:
-        return show(args.show)
-    if problems := check(s):
+    # saved results need none of the settings but where a picture of them goes
+    if problems := [problem for problem in check(s) if problem.startswith("REPORT ") or not args.show]:
         print(*(f"qwquanto: {problem}" for problem in problems), sep="\n", file=sys.stderr)
         return 2
+    if args.show:
+        return show(args.show, s.report)
     stop, benchmark, unwritten = Interruption(), Benchmark([]), []
 
     def save(result: Result | None = None) -> None:
@@ -1853,7 +1863,7 @@ def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> 
             return folder
         reason = (
             f"cannot get {model_name} from the Hub, and it is neither a folder nor complete in the cache ({why}). "
-            "Ways on: try again (complete files are kept), a mirror (set HF_ENDPOINT=https://…), "
+            "What to try: the same once more (complete files are kept), a mirror (set HF_ENDPOINT=https://…), "
             "a local folder (--model-name ./folder), or no download (--random-weights)"
         )
         if isinstance(error, huggingface_hub.errors.GatedRepoError):  # before the next, which it is too

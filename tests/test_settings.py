@@ -196,6 +196,13 @@ def test_show_as_a_process(tmp_path):
     one, both = start("--show", first), start("--show", first, second)
     assert (one.returncode, one.stdout, one.stderr) == (0, piped(BENCHMARKS["comparison"]), "")
     assert both.returncode == 0 and "| before int8" in both.stdout and "| after int8" in both.stdout
+    picture = tmp_path / "both.svg"
+    drawn = start("--show", first, second, "--report", picture)
+    assert (drawn.returncode, drawn.stdout) == (0, both.stdout) and "<svg" in picture.read_text(
+        encoding="utf-8"
+    )
+    refused = start("--show", first, "--report", tmp_path / "both.pdf")
+    assert (refused.returncode, refused.stdout) == (2, "") and "ends in .svg or .html" in refused.stderr
     wrong = {SCRIPT: "holds no results of this script", none: "holds no results"}
     for file, reason in (wrong | {tmp_path / "gone.json": "No such file or directory"}).items():
         done = start("--show", first, file)
