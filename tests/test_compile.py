@@ -147,6 +147,61 @@ def test_the_lines_of_the_readme_run(tiny):
     assert ANSWER in tokenizer.decode(names["ids"][0])
 
 
+def test_generate_gives_what_it_gives_uncompiled(tiny):
+    """An end token, a stopping criterion, a streamer, scores; and tensors where no dictionary is asked for."""
+
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    model, ids = trained(tiny, "int8"), torch.arange(40, 52)[None]
+    greedy = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    answer = model.generate(ids, **greedy)[0, 12:].tolist()
+    asked = [
+        {"eos_token_id": answer[7]},
+        {"stopping_criteria": [lambda tokens, scores: tokens.shape[1] >= 20]},
+        {
+            "return_dict_in_generate": True,
+            "output_scores": True,
+            "output_logits": True,
+            "repetition_penalty": 1.5,
+        },
+    ]
+    wanted = [model.generate(ids, **greedy, **more) for more in asked]
+    options = q.compile_decode(model, max_tokens=64)
+    found = [model.generate(ids, **greedy, **more, **options) for more in asked]
+    assert torch.equal(found[0], wanted[0]) and found[0].shape[1] < 12 + 30 and found[0][0, -1] == answer[7]
+    assert torch.equal(found[1], wanted[1]) and found[1].shape[1] == 20
+    assert torch.equal(found[2].sequences, wanted[2].sequences)
+    for kind in ("scores", "logits"):
+        both = [torch.cat(getattr(one[2], kind)) for one in (found, wanted)]
+        assert both[0].shape == (30, 320) and (both[0] - both[1]).norm() / both[1].norm() < 0.02
+    streamer = Streamer()
+    model.generate(ids, **greedy, streamer=streamer, **options)
+    assert streamer.ended and streamer.tokens == ids[0].tolist() + answer
+    assert type(model).__name__ == "Qwen2ForCausalLM" and isinstance(model, transformers.Qwen2ForCausalLM)
+
+
+def test_tokens_are_drawn_by_their_probability():
+    """Of all, and of the best three: frequencies within four standard deviations; the others never."""
+    torch.manual_seed(0)
+    scores, times = torch.tensor([[0.0, 3.0, -2.0, 2.5, 1.0]]), 4000
+    for top_k, allowed in ((None, [0, 1, 2, 3, 4]), (3, [1, 3, 4]), (9, [0, 1, 2, 3, 4])):
+        probabilities = torch.zeros(5)
+        probabilities[allowed] = scores[0, allowed].softmax(-1)
+        drawn = torch.cat([q.draw_token(scores, True, top_k) for _ in range(times)])
+        counts = torch.bincount(drawn.flatten(), minlength=5)
+        spread = (times * probabilities * (1 - probabilities)).sqrt()
+        assert ((counts - times * probabilities).abs() <= 4 * spread).all(), (top_k, counts)
+    assert q.draw_token(scores, False, None).tolist() == [[1]]
+
+
 def test_two_models_in_one_program_keep_apart(tiny):
     """Their steps share source code, and no guard tells them apart."""
     first, second = trained(tiny, "int8"), random_model("qwen2", "int8")

@@ -259,6 +259,12 @@ def test_compiled_logits_are_quantos(tiny, weights):
     print(f"| compiled {weights}: 1 + relative error of the logits | {1 + error:.4f} | 1 | |", flush=True)
     assert compiled.way == q.OWN_STEP and compiled.graphs == 1 and q.graphs_compiled() == graphs
     assert clear.any() and (found.argmax(-1) == eager.argmax(-1))[clear].all() and error < 0.02
+    # the next step is under way when an end token is found: it leaves no trace
+    whole = {"max_new_tokens": 30, "pad_token_id": 0, "do_sample": False} | compiled.options
+    answer = model.generate(prompt, eos_token_id=None, **whole)
+    ended = model.generate(prompt, eos_token_id=answer[0, 17].item(), **whole)
+    assert torch.equal(ended, answer[:, : ended.shape[1]]) and ended.shape[1] <= 18
+    assert torch.equal(model.generate(prompt, eos_token_id=None, **whole), answer)
 
 
 def run_script(env=None, **flags):
