@@ -2749,6 +2749,7 @@ class DecodeStep:
         self.windows = {size: self.places[:size].clone() for size in sizes}
         self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self.position = torch.zeros(1, dtype=torch.long, device=model.device)
+        self.ended = torch.zeros(1, dtype=torch.bool, pin_memory=model.device.type == "cuda")
         self.cache = StaticCache(config=model.config, max_cache_len=1)
         # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
         self.cache.layers = [StepLayer(sizes[-1] + 16, self.position) for _ in self.cache.layers]
@@ -2847,7 +2848,7 @@ class DecodeStep:
             if tokens.shape[1] >= config.max_length:
                 break
             if self.graphs:
-                ended = ended.to("cpu", non_blocking=True)
+                ended = self.ended.copy_(ended, non_blocking=True)
                 copied = torch.cuda.current_stream(token.device).record_event()
                 found = self.decode(token, tokens.shape[1])
                 copied.synchronize()
