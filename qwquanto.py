@@ -685,7 +685,10 @@ def instability(kind: str, runs: list[Run], same_work: bool) -> list[str]:
         return found + [unknown] * (len(runs) > 1)
     (rates,) = rates_over_shared_prefix(runs)
     if variation > UNSTABLE:
-        found.append(f"The {kind} runs' rates differ by {percent(variation)} % (s.d.): is the machine busy?")
+        # without the figure, which stands in the table: precisions of the same words share a line
+        found.append(
+            f"The {kind} runs' rates differ by over {100 * UNSTABLE:.0f} % (s.d.): is the machine busy?"
+        )
     # never of three runs, whose extremes are at most 2 s.d. apart
     if rates[0] - rates[-1] > max(2 * variation, UNSTABLE) * statistics.fmean(rates):
         found.append(f"The last {kind} run is far slower than the first: heat? another program?")
