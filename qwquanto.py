@@ -68,7 +68,7 @@ WEIGHTS: str | None = "int8"  # "float8", "int8", "int4", "int2", or None: as st
 COMPARE: tuple = ()  # precisions to compare; --compare alone: none int8 float8 int4 int2
 DEVICE: str = "auto"  # "cuda", "cuda:1", "mps", "cpu"; auto: what works, one GPU if the model fits it
 DTYPE: str = "auto"  # the checkpoint's own; "float16" for GPUs before Ampere, "bfloat16", "float32"
-COMPILE: bool = False  # measure this script's compiled decode step too: a minute or so at the start
+COMPILE: bool = False  # measure this script's compiled decode step too: half a minute or so more
 QUANTO_KERNELS: bool = False  # True leaves Quanto as shipped: it compiles kernels, some of them wrong
 RANDOM_WEIGHTS: bool = False  # no download: speed and memory hold, text and quality do not
 QUESTION: str = "如何计算矩阵的行列式？请详细解释计算步骤。"  # the prompt
@@ -1544,6 +1544,7 @@ if __name__ == "__main__":
     threading.Thread(target=listen_to_parent, args=(JOBS,), daemon=True).start()
 
 import concurrent.futures
+import copy
 import ctypes
 import io
 import platform
@@ -2341,8 +2342,8 @@ def describe_error(error: Exception, advice: str) -> tuple[str, bool]:
 # quantizers/base.py). Here linear layers hold Quanto's numbers as plain tensors: a wrapped weight costs Python on every
 # call, and quanto::qbytes_mm (library/qbytes_mm.py:24) is opaque: 5 bytes are moved for each weight of one. Then either
 # - "this script's step", for ordinary attention: generate() gets a decode step whose attention reads the static cache in
-#   windows (all of a long cache costs half the rate on a CPU), and a loop to call it; on CUDA one graph a window is
-#   captured and replayed, or
+#   windows (all of a long cache costs half the rate on a CPU), whose layers are compiled one by one, those that are alike
+#   once, and a loop to call it; on CUDA one graph a window is captured and replayed, or
 # - "transformers' static cache", for all others: generate() as transformers compiles it.
 
 WINDOW = 256  # tokens
@@ -2675,7 +2676,12 @@ class SharedProducts(CustomGraphPass):
         return "qwquanto.SharedProducts 1"  # Inductor's cache on disk goes by it
 
 
-INDUCTOR_OPTIONS = {"combo_kernels": True, "post_grad_custom_pre_pass": SharedProducts()}
+INDUCTOR_OPTIONS = {
+    "combo_kernels": True,
+    "post_grad_custom_pre_pass": SharedProducts(),
+    "size_asserts": False,  # checks of each call's tensors: on a CPU 20 us a layer
+    "alignment_asserts": False,
+}
 
 
 def window_attention(module, query, key, value, mask, scaling=None, **more):
@@ -2742,11 +2748,47 @@ def draw_token(scores: torch.Tensor, do_sample: bool, top_k: int | None) -> torc
     return tokens.gather(-1, race.argmax(-1, keepdim=True))
 
 
+def run_region(region: torch.nn.Module, *args: Any, **inputs: Any) -> Any:
+    return type(region).forward(region, *args, **inputs)
+
+
+def signature(region: torch.nn.Module) -> str:
+    """Equal for modules that do the same with other tensors: types, forms of tensors, constants but the layer's number."""
+    kinds = bool, int, float, str, slice, tuple, list, dict, type(None), torch.dtype, types.FunctionType
+    found = []
+    for name, module in region.named_modules():
+        held = {
+            k: v for k, v in vars(module).items() if k[0] != "_" and k != "layer_idx" and isinstance(v, kinds)
+        }
+        tensors = {**module._parameters, **module._buffers}.items()
+        forms = [(k, v.shape, v.stride(), v.dtype) for k, v in tensors if v is not None]
+        found.append((name, type(module), held, forms))
+    return str(found)
+
+
+def regions_of(model: Any, cache: StaticCache) -> list[tuple[torch.nn.Module, StaticCache | None]]:
+    """What of a decoder is worth compiling: its layers, each with a cache that is its own at every index, and the modules
+    beside them (norms, positions); empty for a decoder that is built otherwise.
+    """
+    for decoder in model.modules():
+        children = list(decoder.children())
+        layers = next((c for c in children if isinstance(c, torch.nn.ModuleList)), ())
+        indices = [{m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} for layer in layers]
+        if len(layers) != len(cache.layers) or any(own - {i, None} for i, own in enumerate(indices)):
+            continue
+        found = [(c, None) for c in children if not isinstance(c, torch.nn.ModuleList | torch.nn.Embedding)]
+        for layer, own in zip(layers, cache.layers, strict=True):
+            found.append((layer, copy.copy(cache)))
+            found[-1][1].layers = [own] * len(layers)
+        return found
+    return []
+
+
 class DecodeStep:
     """This script's step: what generate() calls for every token after the first, and what that needs of the model."""
 
     def __init__(self, model: Any, max_tokens: int) -> None:
-        self.model, self.graphs = model, {}
+        self.model, self.graphs, self.own_attention = model, {}, model.config._attn_implementation
         sizes = range(WINDOW, max_tokens + WINDOW, WINDOW)
         self.places = torch.arange(sizes[-1], device=model.device)
         self.windows = {size: self.places[:size].clone() for size in sizes}
@@ -2756,24 +2798,30 @@ class DecodeStep:
         self.cache = StaticCache(config=model.config, max_cache_len=1)
         # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
         self.cache.layers = [StepLayer(sizes[-1] + 16, self.position) for _ in self.cache.layers]
+        self.stepping, self.regions = False, regions_of(model, self.cache)
 
     def step(self, window: torch.Tensor) -> Any:
         mask = (window <= self.position)[None, None, None]
+        torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all windows
         inputs = {"attention_mask": mask, "position_ids": self.position[None], "past_key_values": self.cache}
-        return self.model.forward(input_ids=self.token, **inputs, use_cache=True)
+        self.stepping = True
+        try:
+            return self.model.forward(input_ids=self.token, **inputs, use_cache=True)
+        finally:
+            self.stepping = False
 
     def agrees(self) -> bool:
-        """Whether the model answers the same with this step's attention as with its own, for some prompt and a token.
+        """Whether the model answers the same by this step as by itself, for some prompt and a token.
 
-        Rounding alone can move a nonsense prompt's logits by half, so one prompt suffices; wrong attention agrees on none.
+        Rounding alone can move a nonsense prompt's logits by half, so one prompt suffices; a wrong step agrees on none.
         """
         config, device = self.model.config, self.model.device
-        own, vocabulary = config._attn_implementation, config.get_text_config().vocab_size
+        vocabulary = config.get_text_config().vocab_size
         try:
             for start in (vocabulary // 2, vocabulary // 3, vocabulary // 5, 2):
                 ids = torch.arange(start, start + 9, device=device)[None]
                 prompt, mask = ids[:, :-1], self.prompt_mask(ids[:, :-1, None])
-                config._attn_implementation = own
+                config._attn_implementation = self.own_attention
                 wanted = self.model(ids, use_cache=False).logits[0, -2:].float()
                 config._attn_implementation = "qwquanto"
                 first = self.model(prompt, attention_mask=mask, past_key_values=self.cache, use_cache=True)
@@ -2785,26 +2833,49 @@ class DecodeStep:
                     return True
         except (Failure, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             pass  # the model asks its attention for something that this one does not know
-        config._attn_implementation = own
+        config._attn_implementation = self.own_attention
         return False
 
     def compile(self) -> None:
-        """Have the step compiled at its first call, and used by generate()."""
-        for window in self.windows.values():
-            torch._dynamo.maybe_mark_dynamic(window, 0)  # one graph serves all windows
-        # guards on shapes alone: nothing else changes here, and checking them all costs a CPU 1 ms a token
-        options = {"guard_filter_fn": lambda guards: [guard.guard_type == "SHAPE_ENV" for guard in guards]}
-        if self.model.device.type == "cuda":
-            options["triton.enable_pdl"] = supports_pdl()
-        options |= INDUCTOR_OPTIONS
-        # code of its own: Dynamo files what it compiled under the code, and no guard is left to tell two models apart
-        step = types.FunctionType(DecodeStep.step.__code__.replace(co_name=f"step_{id(self)}"), globals())
-        step = types.MethodType(step, self)
-        self.compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        """Have the step's regions compiled at their first call, and generate() use the step.
+
+        Regional compilation, as PyTorch's recipe of that name has it: all layers as one graph took two to four times as long
+        to compile. A call of a region costs a CPU some 20 us, and a GPU nothing, since its graph is replayed.
+        """
+        options = INDUCTOR_OPTIONS | {
+            "triton.enable_pdl": self.model.device.type == "cuda" and supports_pdl()
+        }
+        # guards on shapes alone: nothing else changes here
+        options["guard_filter_fn"] = lambda guards: [guard.guard_type == "SHAPE_ENV" for guard in guards]
+        compiled: dict[str, Callable] = {}
+        for region, cache in self.regions:
+            key = signature(region)
+            if key not in compiled:
+                # code of its own: Dynamo files what it compiled under the code, and no guard tells two regions apart
+                code = run_region.__code__.replace(co_name=f"region_{id(self)}_{len(compiled)}")
+                function = types.FunctionType(code, globals())
+                compiled[key] = torch.compile(function, fullgraph=True, options=dict(options))
+            run = functools.partial(self.run, region, region.forward, compiled[key], cache)
+            region.forward = run
         self.model.create_masks_for_generate = self.prompt_mask
         # generate() looks its loop up in the class
         kind, loop = type(self.model), lambda model, *args, **options: self.sample(*args, **options)
         self.model.__class__ = type(kind.__name__, (kind,), {"_sample": loop, "__module__": kind.__module__})
+
+    def run(
+        self,
+        region: torch.nn.Module,
+        eager: Callable,
+        compiled: Callable,
+        cache: StaticCache | None,
+        *args: Any,
+        **inputs: Any,
+    ) -> Any:
+        """A region's forward: a prompt goes its old way, a step the compiled one, with the layer's own cache."""
+        if not self.stepping:
+            return eager(*args, **inputs)
+        own = {name: cache if value is self.cache else value for name, value in inputs.items()}
+        return compiled(region, *args, **own)
 
     def decode(self, token: torch.Tensor, length: int) -> torch.Tensor:
         """Logits [1, 1, vocabulary] after a token [1, 1], the last of `length`; on CUDA the next call overwrites them."""
@@ -2812,7 +2883,7 @@ class DecodeStep:
         self.token.copy_(token)
         self.position.fill_(length - 1)
         if size not in self.graphs:
-            return self.compiled(self.windows[size]).logits
+            return self.step(self.windows[size]).logits
         graph, output = self.graphs[size]
         graph.replay()
         return output.logits
@@ -2873,7 +2944,7 @@ class DecodeStep:
         for size, window in self.windows.items():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                output = self.compiled(window)
+                output = self.step(window)
             self.graphs[size] = graph, output
 
     def prompt_mask(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -2919,20 +2990,6 @@ def check_compilable(model: Any, max_tokens: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def layers_as_regions(model: Any) -> Iterator[None]:
-    """Have one decoder layer compiled instead of all, while a model is compiled."""
-    names = model._no_split_modules or ()
-    forwards = {type(m): type(m).forward for m in model.modules() if type(m).__name__ in names}
-    try:
-        for kind, forward in forwards.items():
-            kind.forward = torch.compiler.nested_compile_region(forward)
-        yield
-    finally:
-        for kind, forward in forwards.items():
-            kind.forward = forward
-
-
 def begin_with(model: Any, cache: StaticCache, max_tokens: int) -> None:
     """Have every generate() begin with an empty cache, and refuse what was not compiled."""
     prepare = model._prepare_cache_for_generation
@@ -2969,10 +3026,6 @@ def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
     max_tokens, before = max(max_tokens, 16), graphs_compiled()
     check_compilable(model, max_tokens)
     cache, step = static_cache(model, max_tokens), None
-    import torch._inductor.lowering  # 0.6 s, which eager measurements need not spend
-
-    # Inductor's own form of it loses the group size in `layers_as_regions` (torch 2.13, quantized_lowerings.py:114)
-    torch._inductor.lowering.make_fallback(torch.ops.aten._weight_int4pack_mm_for_cpu.default)
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # where Triton launches and graphs are captured
     ordinary = model._supports_attention_backend and {type(layer) for layer in cache.layers} == {StaticLayer}
@@ -2989,7 +3042,7 @@ def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
         ) from error
     if ordinary:
         step = DecodeStep(model, max_tokens)
-        step = step if step.agrees() else None
+        step = step if step.regions and step.agrees() else None
     # what transformers refuses to compile: quantizers/base.py, is_compileable
     model.hf_quantizer = None
     model.generation_config.cache_implementation = None  # Gemma's; this cache is given to generate() as it is
@@ -3007,13 +3060,14 @@ def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
     begin_with(model, cache, max_tokens)
     options = {"past_key_values": cache, "compile_config": transformers.CompileConfig()}
     options["compile_config"]._compile_all_devices = True  # generation/utils.py, _valid_auto_compile_criteria
-    with layers_as_regions(model) if step else contextlib.nullcontext():
-        ids = torch.full((1, 4), 2, device=model.device)
-        model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
-        if step and model.device.type == "cuda":
-            step.capture_graphs()
+    ids = torch.full((1, 4), 2, device=model.device)
+    model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
     if graphs_compiled() == before:
         raise Failure(f"torch.compile compiled nothing of this model: {LEAVE_OUT}")
+    if step and not step.agrees():  # a difference between two layers that `signature` does not see
+        raise Failure(f"compiled, this model answers otherwise: {LEAVE_OUT}")
+    if step and model.device.type == "cuda":
+        step.capture_graphs()
     return CompiledDecode(OWN_STEP if step else STATIC_CACHE, graphs_compiled() - before, options)
 
 
@@ -3364,7 +3418,7 @@ def measure_compiled(bench: Bench, result: Result, reference: Path | None) -> No
     s, tokens = bench.settings, bench.prompt.shape[1]
     judged = min(s.quality_tokens, bench.positions_left) if reference else 0
     longest = tokens + max(bench.new_tokens, judged)
-    log(f"compiling the decode step for up to {longest} tokens: this takes a minute or so")
+    log(f"compiling the decode step for up to {longest} tokens: this takes half a minute or so")
     with step("compiling the decode step"):
         begin = time.perf_counter()
         bench.compiled = prepare_compiled_decode(bench.model, longest)

@@ -1,5 +1,6 @@
 """Compiled decode on the CPU: Quanto's results, no recompilation, in anybody's program; and upstream's defects are still there."""
 
+import functools
 import inspect
 import re
 
@@ -84,9 +85,9 @@ def compile_and_compare(model, length=20, max_tokens=64, reference=None):
 
 @pytest.mark.parametrize("weights", PRECISIONS)
 def test_compiled_logits_are_quantos(tiny, weights):
-    """One graph serves all windows: int8's answer passes from the first into the second."""
+    """Three graphs, of layers, norm and positions, serve all layers and windows: int8's answer passes into the second."""
     done = compile_and_compare(trained(tiny, weights), *((270, 300) if weights == "int8" else (20, 64)))
-    assert (done.way, done.graphs) == (q.OWN_STEP, 1)
+    assert (done.way, done.graphs) == (q.OWN_STEP, 3)
 
 
 def test_int4_on_a_cpu_keeps_tinygemms_tensors():
@@ -272,6 +273,28 @@ def test_an_adapter_with_a_forward_of_its_own_stays():
     model = torch.nn.ModuleDict({"router": Router(16, 4), "linear": torch.nn.Linear(16, 4)})
     q.swap_layers(model)
     assert type(model["router"]) is Router and isinstance(model["linear"], q.DequantLinear)
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [
+        (lambda x: x, lambda x: 1000 * x),  # told apart
+        (
+            functools.partial(torch.mul, 1.0),
+            functools.partial(torch.mul, 1000.0),
+        ),  # not: one answers as the other
+    ],
+)
+def test_layers_that_differ_never_answer_alike(functions):
+    model = random_model("qwen2", "int8")
+    for layer, function in zip(model.model.layers, functions, strict=True):
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = function
+    if isinstance(functions[0], functools.partial):
+        with pytest.raises(q.Failure, match="answers otherwise"):
+            q.compile_decode(model, 64)
+    else:
+        assert compile_and_compare(model).graphs == 4
 
 
 def test_what_transformers_does_not_compile_is_refused():

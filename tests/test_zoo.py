@@ -204,24 +204,6 @@ def test_upstream_int4_still_takes_tinygemm_whatever_the_shape():
     assert code != 0 and "16" in output
 
 
-def test_upstream_int4_still_loses_its_group_size_in_a_region():
-    """Once this fails, `prepare_compiled_decode` need not keep Inductor from its own form of the product."""
-    code = """
-        import torch
-        torch._inductor.config.force_disable_caches = True
-        data = torch._convert_weight_to_int4pack_for_cpu(torch.zeros(128, 128, dtype=torch.int32), 2)
-        scale = torch.ones(1, 128, 2, dtype=torch.bfloat16)
-        multiply = lambda x: torch._weight_int4pack_mm_for_cpu(x, data, 128, scale)
-        REGION
-        print(torch.compile(lambda x: multiply(multiply(x)))(torch.ones(1, 128, dtype=torch.bfloat16)).shape)
-    """
-    assert in_plain_python(code.replace("REGION", ""))[0] == 0
-    code, output = in_plain_python(
-        code.replace("REGION", "multiply = torch.compiler.nested_compile_region(multiply)")
-    )
-    assert code != 0 and "group size must be a scalar" in output
-
-
 def test_routers_that_inherit_from_linear_are_left_alone_and_nothing_else_is(tmp_path):
     skipped = {"llama4_text": "feed_forward.router", "phimoe": "mlp.router", "falcon": None}
     for name, router in skipped.items():
