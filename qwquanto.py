@@ -691,7 +691,7 @@ def instability(kind: str, runs: list[Run], same_work: bool) -> list[str]:
         )
     # never of three runs, whose extremes are at most 2 s.d. apart
     if rates[0] - rates[-1] > max(2 * variation, UNSTABLE) * statistics.fmean(rates):
-        found.append(f"The last {kind} run is far slower than the first: heat? another program?")
+        found.append(f"The last {kind} run is clearly slower than the first: heat? another program?")
     return found
 
 
