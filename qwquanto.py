@@ -2539,25 +2539,33 @@ class PerChannelLinear(DequantLinear):
         # As Quanto does on a CPU (library/qbytes_mm.py, which asks for 4), but this kernel crashes or answers garbage
         # unless in_features is a multiple of 16: torch 2.13, aten/src/ATen/native/cpu/int8mm_kernel.cpp
         self.int8pack = data.is_cpu and data.dtype == torch.int8 and data.shape[1] % 16 == 0
-        if self.gemv or self.int8pack:
+        if self.gemv or data.is_cpu:
             self.merge_key = data.dtype, scale.dtype, data.shape[1]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         data, scale = self.data, self.scale
         if self.gemv and len(x) == 1:
             return gemv(x.contiguous(), data, scale)
-        if self.int8pack and x.dtype == scale.dtype == torch.bfloat16:
-            return torch._weight_int8pack_mm(x.contiguous(), data, scale.flatten())
         if len(x) > 1 or not torch.compiler.is_compiling():
+            if self.int8pack and x.dtype == scale.dtype == torch.bfloat16:
+                return torch._weight_int8pack_mm(x.contiguous(), data, scale.flatten())
             return x @ (data if data.dtype == x.dtype else data.to(x.dtype) * scale).t()
-        # a sum, not a matmul: Inductor fuses it with the reading of the bytes
-        return ((x.float() * self.floats()).sum(-1) * scale.float().flatten()).to(x.dtype)[None]
+        # Sums, not a matmul: Inductor fuses them with the reading of the bytes. On a CPU one loop reads a row of each quarter
+        # of the matrix, so that one conversion of x serves four; beyond 4096 elements Inductor sums in a slower way
+        quarters, chunks, cols = 1, 1, data.shape[1]
+        if data.is_cpu:
+            quarters = math.gcd(len(data), 4)
+            chunks = next((n for n in range(1, 9) if cols % n == 0 and cols // n <= 4096), 1)
+        floats = x.float().view(chunks, -1)
+        rows = data.view(quarters, -1, chunks, cols // chunks)
+        y = torch.stack([(floats * self.to_float(part)).sum(-1) for part in rows]).sum(-1).flatten()
+        return (y * scale.float().flatten()).to(x.dtype)[None]
 
-    def floats(self) -> torch.Tensor:
+    def to_float(self, data: torch.Tensor) -> torch.Tensor:
         if not self.emulated:
-            return self.data.float()
+            return data.float()
         # the bits of a float16 of 1/256 of the value, in operations that every machine vectorizes
-        half = self.data.view(torch.int8).to(torch.int16) * 128 & -16512
+        half = data.view(torch.int8).to(torch.int16) * 128 & -16512
         return half.view(torch.float16).float() * 256
 
 
@@ -2574,8 +2582,8 @@ class GroupwiseLinear(DequantLinear):
             return x @ weight.flatten(1).to(x.dtype).t()
         # scale and zero taken out of the sum over a group
         x = x.reshape(groups, parts, chunk).float()
-        dots = sum(x[:, i] * q[i] for i in range(parts)).sum(-1)
-        y = (dots * self.scale.float() + x.sum((1, 2)) * self.zero.float()).sum(-1)
+        dots = sum(x[:, i] * q[i] for i in range(parts)) * self.scale.float()[:, :, None]
+        y = dots.sum((1, 2)) + (x.sum((1, 2)) * self.zero.float()).sum(-1)
         return y.to(self.scale.dtype)[None]
 
 
@@ -2661,10 +2669,8 @@ class SharedProducts(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         aten, seen = torch.ops.aten, {}
-        pure = (
-            torch.ops.qwquanto.gemv.default, aten._weight_int8pack_mm.default, aten._weight_int4pack_mm.default,
-            aten.view.default, aten.reshape.default,
-        )  # fmt: skip
+        products = torch.ops.qwquanto.gemv.default, aten._weight_int4pack_mm.default
+        pure = (*products, aten.view.default, aten.reshape.default)
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target in pure:
                 first = seen.setdefault((node.target, str(node.args)), node)
@@ -2673,7 +2679,7 @@ class SharedProducts(CustomGraphPass):
                     graph.erase_node(node)
 
     def uuid(self) -> str:
-        return "qwquanto.SharedProducts 1"  # Inductor's cache on disk goes by it
+        return "qwquanto.SharedProducts 2"  # Inductor's cache on disk goes by it
 
 
 INDUCTOR_OPTIONS = {
