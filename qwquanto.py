@@ -126,8 +126,9 @@ except ImportError:
     sys.exit("qwquanto: this Python lacks its packages: pip install -r requirements.txt, or .venv/bin/python")
 
 __version__ = "2.0.0"
-SCHEMA = 1  # of the JSON
+SCHEMA = 1  # of the JSON; raise it when Settings gets another field, or a field another meaning
 PRECISIONS = ("none", "int8", "float8", "int4", "int2")  # in the order of running, see `measure_quality`
+# another one, which transformers' QuantoConfig must know, also concerns `expected_bytes`, `dequant_linear`, `expectations`
 BITS = {"none": 16, "int8": 8, "float8": 8, "int4": 4, "int2": 2}
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 KL_KEPT, KL_BROKEN = 0.05, 0.5  # nats: up to the first answers are kept, above the second they are broken
@@ -190,7 +191,7 @@ def convert(text: str, kind: str) -> Any:
 
 
 def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
-    """Settings from the constants and their flags; and the flags that are no constant: debug, show."""
+    """Settings from the constants and their flags; and the flags without a constant: debug, show."""
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z_]+)(?::[^=]+)? = .*?  # (.+)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
@@ -332,7 +333,7 @@ class Quality:
 
 @dataclass
 class Compiled:
-    """This script's compiled decode step: seconds to prepare, compile and capture; graphs; what it measured."""
+    """This script's compiled decode step: how long it took to prepare, how many graphs it has, and its measurements."""
 
     way: str  # OWN_STEP or STATIC_CACHE
     seconds: float
@@ -462,7 +463,7 @@ def from_json(text: str) -> Benchmark:
             )
         return from_plain(Benchmark, plain)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Failure("holds no results of this script") from None
+        raise Failure("holds no results that this version of the script can read") from None
 
 
 def write_results(path: str, benchmark: Benchmark) -> None:
@@ -810,7 +811,10 @@ def recommendation(results: list[Result]) -> list[str]:
     if kept:
         lines.append(recommended(kept, next((r for r in done if r.name == "none"), None)))
     elif any(r.quality for r in done):
-        lines.append(f"[bold]No precision surely keeps {reference_of(results)}'s answers.[/]")
+        lines.append(f"[bold]No precision is certain to keep {reference_of(results)}'s answers.[/]")
+    elif len(done) == 1 and done[0].is_reference:
+        only = f"[bold]Only {reference_of(results)} was measured to its end[/]"
+        lines.append(f"{only}: there is nothing to compare its answers with.")
     else:
         lines.append("[bold]Quality was not measured[/], so none is recommended.")
     if len(done) > 1 and len({tuple(r.devices) for r in done}) == 1:
@@ -822,7 +826,7 @@ def recommendation(results: list[Result]) -> list[str]:
             n for n, interval in intervals.items() if n not in near and (not interval or interval[1] >= 1)
         ]
         line += f", about as fast: {', '.join(near)}" if near else ""
-        line += f", not surely slower: {', '.join(unsure)}" if unsure else ""
+        line += f", possibly as fast: {', '.join(unsure)}" if unsure else ""
         smallest = min(done, key=lambda r: r.weight_bytes)
         lines.append(f"{line}. Smallest: {smallest.label} ({gib(smallest.weight_bytes)} GiB).")
     for said in dict.fromkeys(verdict(r) for r in done):
@@ -991,6 +995,7 @@ def alerts(benchmark: Benchmark) -> list[str]:
         for text in warnings_for(r):
             said.setdefault(text, []).append(r.label)
     for text, labels in said.items():
+        # the capitals of `warnings_for`
         style = "red" if re.search(r"BREAKS|NOTHING WAS|AS SHIPPED|OTHERWISE", text) else "yellow"
         whose = f"{', '.join(labels)}: " if len(labels) < len(results) else ""
         lines.append(f"[bold {style}]! {whose}{escape(text)}[/]")
@@ -1216,7 +1221,7 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
     columns = ("result", "decode tok/s", "compiled", "weights", "peak", "KL nats")
     parts = table("Decode eager and compiled, memory in GiB, answers", columns, rows)
     if changes:
-        title = f"Divided by the same precision of {names[0]}"
+        title = f"Relative to the same precision of {names[0]}"
         title += (
             f", or its {other.label}"
             if any(r.name not in first for b in benchmarks for r in b.results)
@@ -1415,7 +1420,7 @@ def measure_all(
     names, began = sorted((p or "none" for p in s.compare), key=PRECISIONS.index), time.monotonic()
     both = " eager, and the same of the compiled step" if s.compile else ""
     view.log(
-        f"{', '.join(names)}: {plural(s.runs, 'run')} each{both}; how long it takes is told after the first"
+        f"{', '.join(names)}: {plural(s.runs, 'run')} each{both}; an estimate of the time follows after the first"
     )
     with tempfile.TemporaryDirectory(prefix="qwquanto-") as reference:
         for i, name in enumerate(names):
@@ -1590,7 +1595,7 @@ try:
 except ImportError:  # no GPU that Triton knows
     triton = None
 
-# A warm-up run ends when it has had both, and warm-up only after so many seconds: a GPU machine is slow at first.
+# A warm-up run lasts until it has reached both, and all warm-up together at least so long: a GPU machine is slow at first.
 WARMUP_TOKENS, WARMUP_S = 16, 5
 PREFILL_TOKENS, PREFILL_S = 512, 10  # as llama-bench's pp512; seconds after which it is measured no more
 GENERATION = (  # the settings of generate() that the report names
@@ -1599,7 +1604,7 @@ GENERATION = (  # the settings of generate() that the report names
 CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
 SMALLER = "ask for fewer tokens, or take a smaller model"
 TORCH_COMPILE_PAIRS = 5  # of torch.compile(model) as written
-TORCH_COMPILE_S = 300  # its time limit, for the day when it compiles
+TORCH_COMPILE_S = 300  # that it may be silent, for the day when it compiles
 ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
 QWEN2_5_3B = {  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs no network
     "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -1653,6 +1658,10 @@ def first_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------- devices
 
 
+# Another kind of device concerns, besides this section: RULES, `memory_of`, `snapshot`, `set_up` (its cache), the clock of
+# `generate`, OUT_OF_MEMORY, INT4_ROWS, and of the compiled step PerChannelLinear, `window_attention` and DecodeStep.
+
+
 def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
     """(devices, notes): the first working device that `wanted` (DEVICE) allows and those of its kind after it.
 
@@ -1686,7 +1695,9 @@ def busy_note(when: str) -> list[str]:
     """A note if other programs use the processor: decode beside one was a hundred times slower, and steadily so."""
     if psutil.cpu_percent(0.5) <= CPU_BUSY_PERCENT:  # this process sleeps meanwhile
         return []
-    return [f"other programs used over {CPU_BUSY_PERCENT} % of the processor {when}: the speeds are too low"]
+    return [
+        f"other programs used over {CPU_BUSY_PERCENT} % of the processor {when}: the speeds may be too low"
+    ]
 
 
 def nvml_handles(devices: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -1870,7 +1881,7 @@ def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> 
         reason = (
             f"cannot get {model_name} from the Hub, and it is neither a folder nor complete in the cache ({why}). "
             "What to try: the same once more (complete files are kept), a mirror (set HF_ENDPOINT=https://…), "
-            "a local folder (--model-name ./folder), or no download (--random-weights)"
+            "a local folder (--model-name ./folder), or no download (--random-weights with Qwen/Qwen2.5-3B)"
         )
         if isinstance(error, huggingface_hub.errors.GatedRepoError):  # before the next, which it is too
             reason = f"{model_name} is gated: accept its terms on its page, then: hf auth login"
@@ -2060,7 +2071,7 @@ def reference_file(folder: Path, mode: str) -> Iterator[BinaryIO]:
 
 # ----------------------------------------------------------------------------------------------------- model
 
-INT4_ROWS = {"cpu": 16, "cuda": 8}  # TinyGemm, the 4-bit kernel, wants a multiple of so many rows
+INT4_ROWS = {"cpu": 16, "cuda": 8}  # TinyGemm, the 4-bit kernel, wants a number of rows divisible by this
 DEFECTS = {  # what was mended -> what Quanto as shipped does; "{}" layers
     "int8 shape": "'s int8 can crash or answer wrongly on a CPU: {} layers have no multiple of 16 inputs",
     "strides": "'s kernel stops or crashes: it does not take activations as they lie in this model",
@@ -2220,17 +2231,18 @@ def expected_bytes(model: Any, precision: str) -> int:
     return int(total)
 
 
-def place_model(bench: Bench, meta_model: Any, needed: int) -> None:
+def place_model(bench: Bench, meta_model: Any, stored: int | None) -> None:
     """Keep of the devices the first GPU that the model fits, else all; say what is coming.
 
-    Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried.
+    `stored` bytes has a checkpoint that is quantized already, which no other precision can make smaller. Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried.
     """
     s, largest = bench.settings, max((m.weight.numel() for m in linear_layers(meta_model)), default=0)
+    needed = stored or expected_bytes(meta_model, s.weights or "none")
     peak = load_peak_bytes(needed, largest, s.weights)
     roomy = next((d for d in bench.devices if max(needed * 1.1, peak) < memory_of(d)[0]), None)
     bench.devices = [roomy] if roomy else bench.devices
     free, total = map(sum, zip(*map(memory_of, bench.devices), strict=True))
-    sizes = {p: expected_bytes(meta_model, p) for p in PRECISIONS}
+    sizes = {} if stored else {p: expected_bytes(meta_model, p) for p in PRECISIONS}
     fits = [f"{p} ({gib(size)} GiB)" for p, size in sizes.items() if size * 1.1 < free and size < needed]
     free_here = f"{gib(free)} GiB free on {', '.join(bench.devices)}"
     bench.advice = f"{free_here}; " + (f"would fit: {', '.join(fits)}" if fits else SMALLER)
@@ -2570,17 +2582,17 @@ class PerChannelLinear(DequantLinear):
 
 
 class GroupwiseLinear(DequantLinear):
-    """4 or 2 bits, weight = q * scale + zero a group; data[row, group, i] holds its elements i, i + chunk, …"""
+    """4 or 2 bits, weight = q * scale + zero a group; the byte data[row, group, i] packs elements i, i + chunk, … of it"""
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         groups, chunk = self.data.shape[1:]
         parts = x.shape[1] // groups // chunk
         bits = 8 // parts
-        q = [self.data >> bits * i & 2**bits - 1 for i in range(parts)]
+        q = [self.data >> (bits * i) & (2**bits - 1) for i in range(parts)]
         if len(x) > 1 or not torch.compiler.is_compiling():
             weight = torch.stack(q, 2).flatten(2) * self.scale[:, :, None] + self.zero[:, :, None]
             return x @ weight.flatten(1).to(x.dtype).t()
-        # scale and zero taken out of the sum over a group
+        # the zero taken out of the sum over a group
         x = x.reshape(groups, parts, chunk).float()
         dots = sum(x[:, i] * q[i] for i in range(parts)) * self.scale.float()[:, :, None]
         y = dots.sum((1, 2)) + (x.sum((1, 2)) * self.zero.float()).sum(-1)
@@ -2773,9 +2785,10 @@ def signature(region: torch.nn.Module) -> str:
 
 
 def regions_of(model: Any, cache: StaticCache) -> list[tuple[torch.nn.Module, StaticCache | None]]:
-    """What of a decoder is worth compiling: its layers, each with a cache that is its own at every index, and the modules
-    beside them (norms, positions); empty for a decoder that is built otherwise.
+    """What of a model is worth compiling: its decoder's layers, each with a cache that is its own at every index, the modules
+    beside them (norms, positions) and the output layer; empty for a decoder that is built otherwise.
     """
+    output = model.get_output_embeddings()
     for decoder in model.modules():
         children = list(decoder.children())
         layers = next((c for c in children if isinstance(c, torch.nn.ModuleList)), ())
@@ -2783,6 +2796,7 @@ def regions_of(model: Any, cache: StaticCache) -> list[tuple[torch.nn.Module, St
         if len(layers) != len(cache.layers) or any(own - {i, None} for i, own in enumerate(indices)):
             continue
         found = [(c, None) for c in children if not isinstance(c, torch.nn.ModuleList | torch.nn.Embedding)]
+        found += [(output, None)] if isinstance(output, DequantLinear) else []
         for layer, own in zip(layers, cache.layers, strict=True):
             found.append((layer, copy.copy(cache)))
             found[-1][1].layers = [own] * len(layers)
@@ -3209,7 +3223,9 @@ def warmup_runs(bench: Bench) -> list[Run]:
 
 def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: int) -> None:
     """`count` timed runs, each handed on at once, with a line and the time to go: the Result's own, or its Compiled's."""
-    kind, runs = "compiled " if target is not result else "eager " * bench.settings.compile, target.runs
+    kind, runs = "eager " * bench.settings.compile, target.runs
+    if target is not result:
+        kind = "compiled "
     with peak_memory(bench.devices, bench.handles) as peak:
         for i in range(count):
             left = duration((count - i) * median(r.latency_s for r in runs)) + " to go, " if runs else ""
@@ -3276,9 +3292,12 @@ def kernels_of_a_step(bench: Bench) -> dict[str, int]:
 
 def try_torch_compile(bench: Bench, result: Result) -> None:
     """`model = torch.compile(model)` as introductions have it: wrapped and bare generate() in alternating pairs."""
-    options = generation_options(bench) | {"max_new_tokens": min(bench.new_tokens, 32), "eos_token_id": None}
+    # on a slow machine fewer, so that all of it takes about twice MAX_SECONDS
+    rate = decode_rate(result.runs) or math.inf
+    tokens = int(min(bench.new_tokens, 32, max(2, rate * bench.settings.max_seconds / TORCH_COMPILE_PAIRS)))
+    options = generation_options(bench) | {"max_new_tokens": tokens, "eos_token_id": None}
     wrapped, graphs = dataclasses.replace(bench, model=torch.compile(bench.model)), graphs_compiled()
-    found = TorchCompile(graphs=0, new_tokens=options["max_new_tokens"])
+    found = TorchCompile(graphs=0, new_tokens=tokens)
     title = "torch.compile(model) as written"
     generate(wrapped, title, **options)  # compiles, on the day when it does
     for i in range(TORCH_COMPILE_PAIRS):
@@ -3355,7 +3374,8 @@ def tokenize(s: Settings, tokenizer: Any, config: transformers.PreTrainedConfig)
         raise Failure(f"{s.model_name} has no chat template: it is no chat model; leave --chat out")
     most = (longest if s.compare else min(longest, s.max_length)) - 1
     if not 0 < ids.shape[1] <= most:
-        raise Failure(f"the question has {ids.shape[1]} tokens; MAX_LENGTH and the model allow 1 to {most}")
+        limit = "the model allows" if most == longest - 1 else "MAX_LENGTH allows"
+        raise Failure(f"the question has {ids.shape[1]} tokens; {limit} 1 to {most}")
     return ids
 
 
@@ -3376,7 +3396,7 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
         meta_model = make_meta_model(s, folder)
         bench.prompt = tokenize(s, bench.tokenizer, meta_model.config)
         result.concerns_all = False
-        place_model(bench, meta_model, stored or expected_bytes(meta_model, result.name))
+        place_model(bench, meta_model, stored)
         bench.handles, notes = nvml_handles(bench.devices)
         result.devices, result.notes = bench.devices, result.notes + notes
         result.environment = describe_environment(bench.devices, bench.handles)

@@ -236,6 +236,16 @@ def test_a_busy_processor_is_noted(monkeypatch):
         assert len(q.busy_note("at the start")) == notes
 
 
+@pytest.mark.parametrize(("gap", "tokens"), [(0.1, 32), (6, 2)])  # five pairs, MAX_SECONDS of 60
+def test_torch_compile_as_written_takes_no_longer_than_a_few_runs(time, messages, monkeypatch, gap, tokens):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    mine, result = bench(FakeModel(time, [1] * 40, gap), 40), q.Result(settings())
+    result.runs = [q.run_once(mine, 0, "run")]
+    q.try_torch_compile(mine, result)
+    assert [call["max_new_tokens"] for call in mine.model.calls] == [40] + [tokens] * 11
+    assert (result.torch_compile.new_tokens, result.torch_compile.graphs) == (tokens, 0)
+
+
 def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch, messages):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False, dtype=torch.float32, device="meta"))
     model.get_output_embeddings = lambda: None

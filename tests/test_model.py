@@ -227,11 +227,9 @@ def test_a_question_without_room_is_refused(tiny):
     model, tokenizer = load(tiny, "int8"), q.load_tokenizer(tiny, tiny, False)
     count = q.tokenize(settings(), tokenizer, model.config).shape[1]
     assert q.tokenize(settings(max_length=count + 1), tokenizer, model.config).shape[1] == count
-    with pytest.raises(
-        q.Failure, match=f"has {count} tokens; MAX_LENGTH and the model allow 1 to {count - 1}"
-    ):
+    with pytest.raises(q.Failure, match=f"has {count} tokens; MAX_LENGTH allows 1 to {count - 1}"):
         q.tokenize(settings(max_length=count), tokenizer, model.config)
-    with pytest.raises(q.Failure, match="allow 1 to 4095"):
+    with pytest.raises(q.Failure, match="the model allows 1 to 4095"):
         q.tokenize(settings(question="+" * 9000, compare=("int8",)), tokenizer, model.config)
 
 
@@ -252,20 +250,20 @@ def raised(error, step="running the model", advice=""):
 
 def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     folder = make_model(tmp_path, steps=0)
-    s = settings(model_name=folder)
-    meta_model = q.make_meta_model(s, folder)
+    meta_model = q.make_meta_model(settings(model_name=folder), folder)
     sizes = {weights: q.expected_bytes(meta_model, weights) for weights in q.BITS}
 
-    def advice(free, needed):
-        bench = q.Bench(s)
+    def advice(free, weights, stored=None):
+        bench = q.Bench(settings(model_name=folder, weights=weights))
         monkeypatch.setattr(q, "memory_of", lambda device: (free, 2**40))
-        q.place_model(bench, meta_model, needed)
+        q.place_model(bench, meta_model, stored)
         return bench.advice
 
     # what has just failed is no advice
-    would_fit = advice(int(sizes["int4"] * 1.2), sizes["float8"])
+    would_fit = advice(int(sizes["int4"] * 1.2), "float8")
     assert "would fit: int4" in would_fit and "int8" not in would_fit
-    assert "fewer tokens" in advice(10**12, sizes["int2"])
+    assert "fewer tokens" in advice(10**12, "int2")
+    assert "fewer tokens" in advice(10**12, None, stored=sizes["int8"])  # quantized already
     cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), cublas, MemoryError()):
         text = f"out of memory while running the model: {would_fit}"

@@ -203,7 +203,7 @@ def test_show_as_a_process(tmp_path):
     )
     refused = start("--show", first, "--report", tmp_path / "both.pdf")
     assert (refused.returncode, refused.stdout) == (2, "") and "ends in .svg or .html" in refused.stderr
-    wrong = {SCRIPT: "holds no results of this script", none: "holds no results"}
+    wrong = {SCRIPT: "holds no results that this version of the script can read", none: "holds no results"}
     for file, reason in (wrong | {tmp_path / "gone.json": "No such file or directory"}).items():
         done = start("--show", first, file)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"qwquanto: {file}: {reason}\n")

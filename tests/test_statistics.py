@@ -301,9 +301,9 @@ def test_only_what_was_measured_to_its_end_is_recommended():
 def test_speeds_that_cannot_be_told_apart_are_said_to_be():
     base = result("none", (19.9, 20.1), stored=2 * GIB)
     assert "Fastest: bf16 (20.0 tokens/s), about as fast: int8." in advice(base, result("int8", (19.7, 20)))
-    assert "Fastest: bf16 (20.0 tokens/s), not surely slower: int8." in advice(base, result("int8", (8, 18)))
+    assert "Fastest: bf16 (20.0 tokens/s), possibly as fast: int8." in advice(base, result("int8", (8, 18)))
     assert "about" not in advice(result("none", (19.9, 20)), result("int8", (10, 10.1)))
-    assert "Fastest: bf16 (20.0 tokens/s), not surely slower: int8." in advice(base, result("int8", (10,)))
+    assert "Fastest: bf16 (20.0 tokens/s), possibly as fast: int8." in advice(base, result("int8", (10,)))
 
 
 def test_precisions_on_different_devices_are_not_compared():
@@ -321,10 +321,13 @@ def test_precisions_on_different_devices_are_not_compared():
 def test_no_check_is_not_a_passed_check():
     assert "Quality was not measured" in advice(result("none"), result("int8"))
     unsure = result("int8", quality=quality(0.04, 0.01))
-    assert "No precision surely keeps bf16's answers. " in advice(result("none"), unsure).replace("[/]", "")
+    assert "No precision is certain to keep bf16's answers. " in advice(result("none"), unsure).replace(
+        "[/]", ""
+    )
     assert "Answers kept or changed: int8." in advice(result("none"), unsure)
     reference = result("int8", is_reference=True)
-    assert "No precision surely keeps int8's answers." in advice(reference, result("int4", kl=0.2))
+    assert "Only int8 was measured to its end" in advice(reference)
+    assert "No precision is certain to keep int8's answers." in advice(reference, result("int4", kl=0.2))
 
 
 def test_the_compiled_step_stands_beside_eager():
