@@ -2641,10 +2641,15 @@ class GroupwiseLinear(DequantLinear):
         if len(x) > 1 or not torch.compiler.is_compiling():
             weight = torch.stack(q, 2).flatten(2) * self.scale[:, :, None] + self.zero[:, :, None]
             return x @ weight.flatten(1).to(x.dtype).t()
-        # the zero taken out of the sum over a group
+        # The zero is taken out of the sum over a group. The bits stay where they lie in the byte: dividing x by their power
+        # of two (exact) takes less than shifting each weight. Four rows a loop, as in PerChannelLinear
         x = x.reshape(groups, parts, chunk).float()
-        dots = sum(x[:, i] * q[i] for i in range(parts)) * self.scale.float()[:, :, None]
-        y = dots.sum((1, 2)) + (x.sum((1, 2)) * self.zero.float()).sum(-1)
+        shifted = [(x[:, i] * 2.0 ** (-bits * i), (2**bits - 1) << (bits * i)) for i in range(parts)]
+        quarters = math.gcd(len(self.data), 4)
+        dots = []
+        for data, scale in zip(self.data.chunk(quarters), self.scale.float().chunk(quarters), strict=True):
+            dots.append((sum(x * (data & mask) for x, mask in shifted) * scale[:, :, None]).sum((1, 2)))
+        y = torch.cat(dots) + (x.sum((1, 2)) * self.zero.float()).sum(-1)
         return y.to(self.scale.dtype)[None]
 
 
