@@ -13,8 +13,8 @@
 # ///
 """What does Quanto do to my model on my machine, and is it what one is told to expect?
 
-Loads a causal language model quantized by Hugging Face's Quanto, runs one question five times and reports speed,
-memory and, in a comparison, quality.
+Loads a causal language model quantized by Hugging Face's Quanto, runs one question five times and reports
+speed, memory and, in a comparison, quality.
 
     python qwquanto.py                    # the model and the precision of the constants below
     python qwquanto.py --random-weights   # the same modules, bytes and speed, and nothing to download
@@ -25,38 +25,44 @@ memory and, in a comparison, quality.
 Every number, as the report names it (the JSON has them in seconds and bytes, null where unknown):
 
     TTFT             time to first token: from the call of generate() until the first new token is sampled
-    decode tokens/s  (new tokens - 1) / (time of the last token - time of the first): N tokens have N-1 intervals
-    ±                sample standard deviation; for rates: of runs of at least 32 tokens, over the positions all reached
+    decode tokens/s  (new tokens - 1) / (time of the last - time of the first): N tokens have N-1 intervals
+    ±                sample standard deviation; for rates: of runs of at least 32 tokens, over the positions
+                     that all reached
     inter-token      the gaps between tokens; percentiles pool all timed runs
     pace             decode tokens/s over the first and over the last tenth of answers of 200 tokens and more
     latency          the whole generate() call, device synchronized at both ends
     tokens/s         new tokens / latency: the plain figure that most scripts print
-    prefill          512 prompt tokens / time to first token (llama-bench's pp512), a measurement of its own
+    prefill          512 prompt tokens / time to first token (llama-bench's pp512), measured by itself
     weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
     saved            1 - weights / the same model unquantized, in the dtype it is loaded in
-    allocated        bytes in torch's tensors; reserved: what torch's allocator holds; used: the whole device (NVML)
-    RSS              physical memory of this process: mapped files and freed heap count too, so it is not the model
-    MBU              memory bandwidth utilization: bytes that decode must read a second (weights, and the KV cache as
-                     generate() filled it) over what this device's memory delivers, measured before the model is loaded
+    allocated        bytes in torch's tensors; reserved: what its allocator holds; used: whole device (NVML)
+    RSS              physical memory of this process: mapped files and freed heap count too, so it is not the
+                     model
+    MBU              memory bandwidth utilization: bytes that decode must read a second (weights, and the KV
+                     cache as generate() filled it) over what this device's memory delivers, measured before
+                     the model is loaded
     energy           difference of the GPU's own energy counter, over at least one second
-    KL               KL(reference || quantized) in nats over the reference's greedy answer: mean ± standard error. The
-                     reference is the unquantized model or, where that did not run, the most precise one that did
-    same top token   share of those positions at which both models rank the same token first, 95 % Wilson interval
-    speed-up         a median decode rate over the unquantized model's, both eager or both in the compiled step
+    KL               KL(reference || quantized) in nats over the reference's greedy answer: mean ± standard
+                     error. The reference is the unquantized model or, where that did not run, the most
+                     precise one that did
+    same top token   share of those positions at which both models rank the same token first, 95 % Wilson
+                     interval
+    speed-up         a median decode rate over the unquantized model's, both eager or both compiled
 
-Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one reads every
-weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.
+Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one
+reads every weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.
 
-Verdicts rest on 95 % intervals: of a ratio of speeds by Welch's method on the logarithms of the rates, widened by the
-ratio of the memory bandwidths that the two processes measured; of KL by its standard error. An interval that holds the
-limit is too close to call. Answers are kept up to 0.05 nats, changed up to 0.5 and broken above: the author's choice.
+Verdicts rest on 95 % intervals: of a ratio of speeds by Welch's method on the logarithms of the rates,
+widened by the ratio of the memory bandwidths that the two processes measured; of KL by its standard error. An
+interval that holds the limit is too close to call. Answers are kept up to 0.05 nats, changed up to 0.5 and
+broken above: the author's choice.
 
-`--compile` measures this script's own compiled decode step (static cache, Quanto's numbers as plain tensors, CUDA
-graphs, a sampling loop in which the GPU does not wait), beside the eager model that a program of yours would get;
-`compile_decode` gives that step to a program.
+`--compile` measures this script's own compiled decode step (static cache, Quanto's numbers as plain tensors,
+CUDA graphs, a sampling loop in which the GPU does not wait), beside the eager model that a program of yours
+would get; `compile_decode` gives that step to a program.
 
-The file has two parts. The program reads the constants, starts a worker for each precision and reports; it never
-imports torch. The worker, this script again with --worker, loads and measures one precision.
+The file has two parts. The program reads the constants, starts a worker for each precision and reports; it
+never imports torch. The worker, this script again with --worker, loads and measures one precision.
 """
 
 from __future__ import annotations
@@ -128,7 +134,7 @@ except ImportError:
 __version__ = "2.0.0"
 SCHEMA = 1  # of the JSON; raise it when Settings gets another field, or a field another meaning
 PRECISIONS = ("none", "int8", "float8", "int4", "int2")  # in the order of running, see `measure_quality`
-# another one, which transformers' QuantoConfig must know, also concerns `expected_bytes`, `dequant_linear`, `expectations`
+# another, which QuantoConfig must know, also concerns `expected_bytes`, `dequant_linear` and `expectations`
 BITS = {"none": 16, "int8": 8, "float8": 8, "int4": 4, "int2": 2}
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 KL_KEPT, KL_BROKEN = 0.05, 0.5  # nats: up to the first answers are kept, above the second they are broken
@@ -181,7 +187,7 @@ class Settings:
 
 
 def convert(text: str, kind: str) -> Any:
-    """The value that a flag's text means for a field of this type, or the text itself: `check` will complain."""
+    """The value that a flag's text means for a field of this type, or the text, for `check` to refuse."""
     if text.lower() == "none" and kind == "str | None":
         return None
     try:
@@ -333,7 +339,7 @@ class Quality:
 
 @dataclass
 class Compiled:
-    """This script's compiled decode step: how long it took to prepare, how many graphs it has, and its measurements."""
+    """This script's compiled decode step: seconds it took to prepare, its graphs, and its measurements."""
 
     way: str  # OWN_STEP or STATIC_CACHE
     seconds: float
@@ -347,7 +353,7 @@ class Compiled:
 
 @dataclass
 class TorchCompile:
-    """`model = torch.compile(model)` as introductions write it: seconds of generate(), in alternating pairs."""
+    """`model = torch.compile(model)` as introductions have it: seconds of generate(), in pairs by turns."""
 
     graphs: int  # that torch captured
     new_tokens: int
@@ -357,7 +363,7 @@ class TorchCompile:
 
 @dataclass
 class Result:
-    """Everything known about one configuration; filled while it is measured. Bytes and seconds, None: unknown."""
+    """What is known of one configuration; filled while it is measured. Bytes and seconds, None: unknown."""
 
     settings: Settings
     environment: dict[str, str] = field(default_factory=dict)
@@ -482,7 +488,7 @@ def write_results(path: str, benchmark: Benchmark) -> None:
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927): sensible near 0 and 1 and for few trials, unlike +-1.96 s."""
+    """The 95 % score interval of a share (Wilson 1927): sensible near 0 and 1 and for few, unlike ±1.96 s."""
     z, share = 1.96, successes / trials
     center, scale = share + z * z / (2 * trials), 1 + z * z / trials
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -490,7 +496,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def student_t(freedom: float) -> float:
-    """The two-sided 95 % quantile of Student's t: a table of whole degrees, then a series, at most 0.1 % too small."""
+    """The two-sided 95 % quantile of Student's t: a table, then a series, at most 0.1 % too small."""
     table = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     return table[max(1, int(freedom)) - 1] if freedom < 11 else 1.96 + 2.4 / freedom + 2.8 / freedom**2
 
@@ -522,8 +528,8 @@ def decode_rate(runs: list[Run]) -> float | None:
 def rates_over_shared_prefix(*groups: list[Run]) -> list[list[float]]:
     """Each run's decode tokens/s over the positions that all runs of all groups reached, group by group.
 
-    Sampled answers differ in length, and decode slows as the context grows, so only this compares run with run. Runs of
-    fewer than MIN_RATE_TOKENS tokens do not count.
+    Sampled answers differ in length, and decode slows as the context grows, so only this compares run with
+    run. Runs of fewer than MIN_RATE_TOKENS tokens do not count.
     """
     gaps = [[r.inter_token_s for r in runs if len(r.inter_token_s) >= MIN_RATE_TOKENS - 1] for runs in groups]
     shared = min((len(g) for group in gaps for g in group), default=0)
@@ -531,7 +537,7 @@ def rates_over_shared_prefix(*groups: list[Run]) -> list[list[float]]:
 
 
 def coefficient_of_variation(runs: list[Run]) -> float | None:
-    """Sample standard deviation of the runs' rates over their mean; None for fewer than two runs that count."""
+    """Sample standard deviation of the runs' rates over their mean; None for fewer than two that count."""
     (rates,) = rates_over_shared_prefix(runs)
     return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
 
@@ -539,8 +545,8 @@ def coefficient_of_variation(runs: list[Run]) -> float | None:
 def ratio_interval(runs: list[Run], base: list[Run], distortion: float = 1.0) -> tuple[float, float] | None:
     """The 95 % interval of the ratio of two decode rates (Welch 1947, on logarithms); None for too few runs.
 
-    `distortion` is the ratio of the two processes' memory bandwidths: it may be in the figures or not, so the interval
-    is widened by it.
+    `distortion` is the ratio of the two processes' memory bandwidths: it may be in the figures or not, so the
+    interval is widened by it.
     """
     logs = [[math.log(rate) for rate in group] for group in rates_over_shared_prefix(runs, base)]
     if min(map(len, logs)) < 2:
@@ -553,7 +559,7 @@ def ratio_interval(runs: list[Run], base: list[Run], distortion: float = 1.0) ->
 
 
 def paired_interval(values: list[float], base: list[float]) -> tuple[float, float, float] | None:
-    """Geometric mean of the ratios of pairs, and its 95 % interval (Student's t on logarithms); None for one pair."""
+    """Geometric mean of the ratios of pairs, its 95 % interval (Student's t on logarithms); None for one."""
     logs = [math.log(a / b) for a, b in zip(values, base, strict=False)]
     if len(logs) < 2:
         return None
@@ -592,7 +598,7 @@ def kl_interval(q: Quality) -> tuple[float, float]:
 
 
 def verdict(r: Result) -> str:
-    """What became of the answers: kept, changed or broken, "or" where the interval of KL holds a limit; – if unknown."""
+    """The answers: kept, changed or broken, with "or" where KL's interval holds a limit; – if unknown."""
     if r.quality is None or r.quality.kl_standard_error is None:
         return "–"
     named = [sum(kl > limit for limit in (KL_KEPT, KL_BROKEN)) for kl in kl_interval(r.quality)]
@@ -601,7 +607,7 @@ def verdict(r: Result) -> str:
 
 
 def utilization(r: Result, runs: list[Run], bytes_per_token: int | None) -> float | None:
-    """MBU. Over several devices, which work one after the other, the memory's time is the sum of each one's."""
+    """MBU. Several devices work one after the other, so the memory's time is the sum of each one's."""
     rate, held = decode_rate(runs), r.device_weight_bytes
     if rate is None or bytes_per_token is None or not held or not set(held) <= set(r.memory_bytes_per_s):
         return None
@@ -617,7 +623,7 @@ def pace(runs: list[Run]) -> tuple[float, float] | None:
 
 
 def joules_per_token(runs: list[Run]) -> float | None:
-    """Energy of all runs over all devices by their tokens; None under a second, in which the counter hardly moves."""
+    """Energy of all runs on all devices by their tokens; None under a second: the counter hardly moves."""
     if not runs or any(run.energy_j is None for run in runs) or sum(run.latency_s for run in runs) < 1:
         return None
     return sum(sum(run.energy_j.values()) for run in runs) / sum(run.generated_tokens for run in runs)
@@ -629,7 +635,7 @@ def saving(r: Result) -> float | None:
 
 
 def peak_bytes(r: Result) -> tuple[int | None, str]:
-    """Peak of the runs, and of what: tensors on all devices, or the process's RSS where torch keeps no count (CPU)."""
+    """Peak of the runs, and of what: tensors on all devices, or RSS where torch keeps no count (CPU)."""
     peak = r.memory.get("peak of runs", {})
     allocated = [n for name, n in peak.items() if name.endswith("allocated")]
     return (sum(allocated), "tensors") if allocated else (peak.get("rss"), "RSS")
@@ -699,7 +705,7 @@ def instability(kind: str, runs: list[Run], same_work: bool) -> list[str]:
 def comparability_warnings(results: list[Result]) -> list[str]:
     """Where the precisions were not measured alike, so that their figures are hard to compare.
 
-    A process may get faster or slower memory than another: on a shared virtual machine 33 to 61 GB/s, steady in each.
+    A process may get faster memory than another: on a shared virtual machine 33 to 61 GB/s, steady in each.
     """
     found = []
     placed = {r.label: ", ".join(r.devices) for r in results if r.memory}
@@ -720,7 +726,7 @@ def comparability_warnings(results: list[Result]) -> list[str]:
 
 @dataclass
 class Expectation:
-    """What introductions to Quanto tell users, what was measured here, and why it differs, where that is known."""
+    """What introductions to Quanto tell users, what was measured here, and why it differs, if known."""
 
     expected: str
     of: str  # precision
@@ -740,7 +746,8 @@ def expectations(results: list[Result]) -> list[Expectation]:
             interval = speed_interval(int8, base)
             ratio = percent(decode_rate(int8.runs) / decode_rate(base.runs))
             measured = f"{ratio} %{span_of(interval, percent)}, both eager"
-            why = "Speed: eager Quanto calls Python for every layer, and on a GPU widens 8-bit weights on every call."
+            why = "Speed: eager Quanto calls Python for every layer, and on a GPU widens 8-bit weights on"
+            why += " every call."
             found.append(
                 Expectation("at least 90 % of the 16-bit speed", "int8", measured, judge(interval, 0.9), why)
             )
@@ -783,7 +790,8 @@ def expected_torch_compile(r: Result) -> Expectation:
     gain = paired_interval(tried.bare_s, tried.wrapped_s)
     change = lambda ratio: f"{100 * (ratio - 1):+.1f}"
     measured = f"{change(gain[0])} %{span_of(gain[1:], change)}" if gain else "one pair"
-    why = "torch.compile: generate() runs the module inside the wrapper, so nothing is compiled (pytorch #161743)."
+    why = "torch.compile: generate() runs the module inside the wrapper, so nothing is compiled"
+    why += " (pytorch #161743)."
     return Expectation(
         "model = torch.compile(model): 20-30 % faster",
         r.label,
@@ -895,7 +903,7 @@ def duration(seconds: float) -> str:
 
 
 def span_of(interval: tuple[float, float] | None, form: Callable[[float], str]) -> str:
-    """The two ends of a ratio's interval behind a figure; none where the runs differ so much that it says nothing."""
+    """The ends of a ratio's interval behind a figure; none where the runs differ too much to say anything."""
     if not interval or interval[1] > 10 * interval[0]:
         return ""
     return f" ({form(interval[0])} to {form(interval[1])})"
@@ -1097,7 +1105,7 @@ def memory_table(r: Result) -> list[Any]:
 
 
 def comparison_memory(results: list[Result]) -> list[Any]:
-    """Stored weights, and the peak of tensors or, where torch keeps no count, of the process; energy has room here."""
+    """Stored weights, and the peak of tensors or, without torch's count, of RSS; energy has room here."""
     sizes, peaks, rows = [r.weight_bytes for r in results], [peak_bytes(r) for r in results], []
     kinds, joules = {kind for size, kind in peaks if size}, [joules_per_token(r.runs) for r in results]
     for i, (r, cell) in enumerate(zip(results, bars(sizes, [*map(gib, sizes)]), strict=True)):
@@ -1107,7 +1115,8 @@ def comparison_memory(results: list[Result]) -> list[Any]:
         rows.append(row + [format_3g(joules[i])] * any(joules))
     title = f"Memory in GiB (peak of runs: {' or '.join(sorted(kinds)) or 'unknown'})"
     columns = ("weights", "stored", "saved %", "peak", "load s", *["eager J/tok"] * any(joules))
-    said = "RSS counts libraries and freed memory too, so it hides what a small model saves: go by what is stored."
+    said = "RSS counts libraries and freed memory too, so it hides what a small model saves:"
+    said += " go by what is stored."
     return table(title, columns, rows) + ([said, ""] if "RSS" in kinds else [])
 
 
@@ -1179,7 +1188,7 @@ def file_facts(benchmark: Benchmark) -> dict[str, Any]:
 def against(r: Result, base: Result) -> list[str]:
     """How a saved result stands to another one: speed, the compiled step's speed, peak of memory and KL.
 
-    Bandwidths widen the interval of the speeds on one machine alone: between two, they are the difference itself.
+    Bandwidths widen the interval of speeds on one machine alone: between two, they are the difference.
     """
     widened = distortion(r, base) if hardware(r)[:1] == hardware(base)[:1] else 1.0
 
@@ -1258,7 +1267,7 @@ def save_report(parts: list[Any], path: str | None, title: str) -> list[str]:
 
 
 class Interruption:
-    """Ctrl-C, SIGTERM or SIGHUP, remembered: nothing is raised anywhere, the worker is ended, and its figures stand."""
+    """Ctrl-C, SIGTERM or SIGHUP, remembered: nothing is raised, the worker is ended, its figures stand."""
 
     def __init__(self) -> None:
         self.seen, self.process = False, None
@@ -1285,7 +1294,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 class View:
-    """Progress on standard error: lines that stay and, on a terminal, a status with the time that it takes."""
+    """Progress on standard error: lines that stay and, on a terminal, a status with its time."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, emoji=False)
@@ -1313,7 +1322,7 @@ def read_lines(stream: Any, lines: queue.Queue) -> None:
 def start_worker(
     job: dict[str, Any], errors: Any, stop: Interruption
 ) -> tuple[subprocess.Popen, queue.Queue]:
-    """This script once more, as a worker in a session of its own, which Ctrl-C does not reach; and what it says."""
+    """This script as a worker in a session of its own, which Ctrl-C does not reach; and what it says."""
     quiet = {
         "PYTHONWARNINGS": "ignore",
         "TRANSFORMERS_VERBOSITY": "critical",
@@ -1322,9 +1331,14 @@ def start_worker(
     }
     new_group = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
     process = subprocess.Popen(
-        [sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
-        stderr=None if job["debug"] else errors, env=({} if job["debug"] else quiet) | os.environ, **new_group,
-    )  # fmt: skip
+        [sys.executable, __file__, "--worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if job["debug"] else errors,
+        encoding="utf-8",
+        env=({} if job["debug"] else quiet) | os.environ,
+        **new_group,
+    )
     stop.watch(process)
     lines: queue.Queue = queue.Queue()
     threading.Thread(target=read_lines, args=(process.stdout, lines), daemon=True).start()
@@ -1377,8 +1391,8 @@ def run_worker(
 ) -> Result:
     """Measure one precision in a process of its own; `save` gets its Result whenever it has grown.
 
-    However the process ends, the Result holds what it had said, and one line about the end if it was no good one. A
-    Result marked complete is complete whatever the process does afterwards.
+    However the process ends, the Result holds what it had said, and one line about the end if it was no good
+    one. A Result marked complete is complete whatever the process does afterwards.
     """
     job = {"settings": dataclasses.asdict(s), "reference": reference, "debug": debug}
     job["on_terminal"] = view.console.is_terminal
@@ -1413,14 +1427,14 @@ def describe_exit(code: int, said: str = "") -> str:
 def measure_all(
     s: Settings, save: Callable[[Result], None], view: View, stop: Interruption, debug: bool
 ) -> None:
-    """Measure each precision in a worker of its own, the unquantized model first; or the one that is asked for."""
+    """Measure each precision in a worker of its own, the unquantized model first; or the one asked for."""
     if not s.compare:
         run_worker(s, None, view, save, stop, debug)
         return
     names, began = sorted((p or "none" for p in s.compare), key=PRECISIONS.index), time.monotonic()
     both = " eager, and the same of the compiled step" if s.compile else ""
     view.log(
-        f"{', '.join(names)}: {plural(s.runs, 'run')} each{both}; an estimate of the time follows after the first"
+        f"{', '.join(names)}: {plural(s.runs, 'run')} each{both}; the time to go follows after the first"
     )
     with tempfile.TemporaryDirectory(prefix="qwquanto-") as reference:
         for i, name in enumerate(names):
@@ -1454,7 +1468,7 @@ def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
 
 
 def show(files: list[str], picture: str | None = None) -> int:
-    """The reports of saved results: of one file as it was printed, of several as one table; also as a picture."""
+    """Report saved results: one file as it was printed, several as one table; also as a picture."""
     benchmarks = []
     for file in files:
         try:
@@ -1524,7 +1538,7 @@ if __name__ == "__main__" and "--worker" not in sys.argv:  # here, so that the p
         sys.exit(0)
 
 # ===========================================================================================================
-# PART 2: the worker. Loads and measures one precision, and says all it learns to the program, a line of JSON each.
+# PART 2: the worker. Loads and measures one precision, and says all it learns to the program in JSON lines.
 # ===========================================================================================================
 
 CHANNEL = None  # where a worker speaks; nowhere, if this file is imported
@@ -1595,7 +1609,7 @@ try:
 except ImportError:  # no GPU that Triton knows
     triton = None
 
-# A warm-up run lasts until it has reached both, and all warm-up together at least so long: a GPU machine is slow at first.
+# A warm-up run lasts until it has reached both, and all of them so long: a GPU machine is slow at first.
 WARMUP_TOKENS, WARMUP_S = 16, 5
 PREFILL_TOKENS, PREFILL_S = 512, 10  # as llama-bench's pp512; seconds after which it is measured no more
 GENERATION = (  # the settings of generate() that the report names
@@ -1638,7 +1652,7 @@ def save(result: Result) -> None:
 
 @contextlib.contextmanager
 def step(doing: str, timeout_s: float | None = SILENCE_S) -> Iterator[None]:
-    """A part of the measurement: its status line, how long it may say nothing, and the place of an error within."""
+    """A part of the measurement: its status line, how long it may be silent, the place of an error in it."""
     global STEP_TIMEOUT_S
     STEP_TIMEOUT_S = timeout_s
     status(doing)
@@ -1658,12 +1672,13 @@ def first_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------- devices
 
 
-# Another kind of device concerns, besides this section: RULES, `memory_of`, `snapshot`, `set_up` (its cache), the clock of
-# `generate`, OUT_OF_MEMORY, INT4_ROWS, and of the compiled step PerChannelLinear, `window_attention` and DecodeStep.
+# Another kind of device concerns, besides this section: RULES, `memory_of`, `snapshot`, `set_up` (its cache),
+# the clock of `generate`, OUT_OF_MEMORY, INT4_ROWS, and of the compiled step PerChannelLinear,
+# `window_attention` and DecodeStep.
 
 
 def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
-    """(devices, notes): the first working device that `wanted` (DEVICE) allows and those of its kind after it.
+    """(devices, notes): the first working device that `wanted` (DEVICE) allows and its kind's after it.
 
     Raises Failure where there is none.
     """
@@ -1692,7 +1707,7 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
 
 
 def busy_note(when: str) -> list[str]:
-    """A note if other programs use the processor: decode beside one was a hundred times slower, and steadily so."""
+    """A note if other programs use the processor: decode beside one was steadily a hundred times slower."""
     if psutil.cpu_percent(0.5) <= CPU_BUSY_PERCENT:  # this process sleeps meanwhile
         return []
     return [
@@ -1701,7 +1716,7 @@ def busy_note(when: str) -> list[str]:
 
 
 def nvml_handles(devices: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """NVML's handle of each CUDA device, and notes. By UUID: CUDA_VISIBLE_DEVICES renumbers, NVML does not."""
+    """NVML's handle of each GPU, and notes. By UUID: CUDA_VISIBLE_DEVICES renumbers, NVML does not."""
     handles = {}
     try:
         for device in devices:
@@ -1716,12 +1731,12 @@ def nvml_handles(devices: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def device_memory_used(handle: Any) -> int:
-    """Bytes in use by all programs, as nvidia-smi tells it: version 1 of NVML's call counts the driver's reserve too."""
+    """Bytes in use by all programs, as nvidia-smi has it: NVML's version 1 adds the driver's reserve."""
     return pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).used
 
 
 def energy_j(handles: dict[str, Any]) -> dict[str, float]:
-    """Joules that each GPU has used since its driver was loaded (Volta and newer); empty where it does not count."""
+    """Joules that each GPU has used since its driver was loaded (Volta and newer); empty without a count."""
     try:
         return {d: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 for d, handle in handles.items()}
     except pynvml.NVMLError:
@@ -1755,7 +1770,7 @@ def describe_environment(devices: list[str], handles: dict[str, Any]) -> dict[st
 
 
 def memory_bandwidth(device: str) -> float:
-    """Bytes a second of a device's memory: the best of several copies (read + written) and read-only sums of a GiB."""
+    """Bytes a second of a device's memory: the best of copies (read + written) and sums (read) of a GiB."""
     size = min(2**30, memory_of(device)[0] // 8)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -1781,7 +1796,7 @@ def memory_of(device: str) -> tuple[int, int]:
 
 
 def snapshot(devices: list[str], handles: dict[str, Any], cuda: str = "current") -> dict[str, int]:
-    """Bytes at this moment: "rss" of this process, "cuda:0 used" (whole device), "… allocated", "… reserved" by torch.
+    """Bytes now: "rss" of this process, "cuda:0 used" (whole device), "… allocated" and "… reserved" (torch).
 
     torch keeps the last two on CUDA, `cuda` "current" or their "peak" since the reset; "" leaves them out.
     """
@@ -1803,7 +1818,7 @@ def snapshot(devices: list[str], handles: dict[str, Any], cuda: str = "current")
 def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callable[[], dict[str, int]]]:
     """Watches memory within the block; the function it yields gives the peaks so far, named as in `snapshot`.
 
-    A thread polls, ten times a second, what keeps no peak itself; polling torch's CUDA allocator would slow the runs.
+    A thread polls, ten times a second, what keeps no peak itself; polling CUDA's allocator would slow runs.
     """
     for device in devices:
         if device.startswith("cuda"):
@@ -1829,8 +1844,10 @@ def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callabl
 
 
 def plain_tensors(tensor: Any) -> list:
-    """The tensors that hold a tensor's bytes: a Quanto weight reports size and dtype of the unquantized one, so that
-    `nbytes`, `element_size` and `get_memory_footprint` are all wrong for it. `__tensor_flatten__` names what is inside.
+    """The tensors that hold a tensor's bytes, as `__tensor_flatten__` names them.
+
+    A Quanto weight reports size and dtype of the unquantized one, so that `nbytes`, `element_size` and
+    `get_memory_footprint` are all wrong for it.
     """
     tensor = getattr(tensor, "data", tensor)  # a Parameter hides the wrapper's methods
     if not hasattr(tensor, "__tensor_flatten__"):
@@ -1850,7 +1867,7 @@ SMALL_FILES = r"[^/]+\.(json|txt|model|tiktoken|jinja|py|spm|vocab|bpe)"  # that
 
 
 class ByteCounter(tqdm):
-    """Draws nothing. huggingface_hub has a bar for bytes received, one for bytes written, and one for files."""
+    """Draws nothing. huggingface_hub has a bar for bytes received, one for bytes written, one for files."""
 
     bars: ClassVar[list[ByteCounter]] = []
 
@@ -1860,9 +1877,10 @@ class ByteCounter(tqdm):
 
 
 def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> str | None:
-    """The local folder of the model's files, downloaded if need be; None for the built-in configuration. Raises Failure.
+    """The local folder of the model's files, downloaded if need be; None for the built-in configuration.
 
-    Where the Hub fails, a model with complete weights in the cache is taken as it is, though other files may be missing.
+    Where the Hub fails, a model with complete weights in the cache is taken as it is, though other files may
+    be missing. Raises Failure.
     """
     if random_weights and model_name == "Qwen/Qwen2.5-3B":
         return None
@@ -1879,8 +1897,9 @@ def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> 
             log(f"{model_name}: taken as it is cached here ({why})")
             return folder
         reason = (
-            f"cannot get {model_name} from the Hub, and it is neither a folder nor complete in the cache ({why}). "
-            "What to try: the same once more (complete files are kept), a mirror (set HF_ENDPOINT=https://…), "
+            f"cannot get {model_name} from the Hub, and it is neither a folder nor complete in the cache "
+            f"({why}). What to try: the same once more (complete files are kept), a mirror "
+            "(set HF_ENDPOINT=https://…), "
             "a local folder (--model-name ./folder), or no download (--random-weights with Qwen/Qwen2.5-3B)"
         )
         if isinstance(error, huggingface_hub.errors.GatedRepoError):  # before the next, which it is too
@@ -1921,7 +1940,7 @@ def download_files(model_name: str, with_weights: bool, plain_lines: bool) -> st
 
 
 def weight_names(folder: str, files: Iterable[str]) -> list[str]:
-    """Those of `files` that from_pretrained reads weights from, by the index in `folder`; none if one is missing."""
+    """The `files` that from_pretrained reads weights from, by `folder`'s index; none if one is missing."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if name in files:
             return [name]
@@ -1949,7 +1968,7 @@ def check_architecture(name: str, config: transformers.PreTrainedConfig) -> None
 
 
 def check_quantization(s: Settings, folder: str, config: transformers.PreTrainedConfig, device: str) -> bool:
-    """Whether a checkpoint is already quantized. Raises Failure if it cannot run here as the settings want it."""
+    """Whether a checkpoint is already quantized. Raises Failure if it cannot run as the settings want it."""
     stored = getattr(config, "quantization_config", None)
     stored = stored or getattr(config.get_text_config(), "quantization_config", None)
     method = stored.get("quant_method") if stored else None
@@ -1972,7 +1991,7 @@ def check_quantization(s: Settings, folder: str, config: transformers.PreTrained
 
 
 def check_checkpoint(s: Settings, folder: str, device: str) -> int | None:
-    """Bytes of a checkpoint that is quantized and runs as stored, else None. Raises for what cannot be measured."""
+    """Bytes of a checkpoint that is quantized, else None. Raises Failure for what cannot be measured."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=s.trust_remote_code)
     check_architecture(s.model_name, config)
     if s.random_weights:
@@ -1991,7 +2010,7 @@ def check_checkpoint(s: Settings, folder: str, device: str) -> int | None:
 
 
 def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
-    """Raises Failure, also without its files: transformers 5 then makes an empty one for most models, in silence."""
+    """Raises Failure, also without its files: of most models transformers 5 makes an empty one in silence."""
     files = r"tokenizer\.json|tekken\.json|vocab.*|tokenizer\.model.*|.*\.(model|tiktoken|spm|bpe)"
     if not any(re.fullmatch(files, path.name) for path in Path(folder).iterdir()):
         raise Failure(f"{name} has no tokenizer (tokenizer.json, tokenizer.model …): take a complete model")
@@ -2003,14 +2022,14 @@ def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
 
 def load_peak_bytes(weight_bytes: int, largest_linear: int, weights: str | None) -> int:
     """Bytes that loading takes at most, besides pages of the checkpoint's file, which the system can drop."""
-    # while a layer is quantized, copies in bfloat16, float32 and int8: measured were 10.4 bytes for each of its numbers
-    # (int8 and float8) and 8 (int4 and int2) on a CPU, 9.8 (int8) on CUDA
+    # while a layer is quantized, copies in bfloat16, float32 and int8: measured were 10.4 bytes for each of
+    # its numbers (int8 and float8) and 8 (int4 and int2) on a CPU, 9.8 (int8) on CUDA
     return weight_bytes + (10 * largest_linear if weights else 0)
 
 
 @contextlib.contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Within, what loading frees goes back to the system; glibc would keep 1.3 GB beside 3.4 GB of int8 weights.
+    """Within, what loading frees goes back to the system; glibc would keep 1.3 GB beside int8's 3.4.
 
     Afterwards glibc's limits are what they grow to in any process that has freed 32 MiB (man 3 mallopt).
     """
@@ -2025,10 +2044,10 @@ def freed_memory_returned() -> Iterator[None]:
 
 @dataclass
 class RandomTensor:
-    """A tensor of a checkpoint that is made when transformers reads it, `tensor[...]`, of one block over and over.
+    """A checkpoint's tensor that is made when transformers reads it, `tensor[...]`, of one block repeated.
 
-    It reads one, quantizes it and only then reads the next (core_model_loading.py, has_on_the_fly_quantization): the
-    unquantized model is never in memory.
+    It reads one, quantizes it and only then reads the next (core_model_loading.py,
+    has_on_the_fly_quantization): the unquantized model is never in memory.
     """
 
     shape: torch.Size
@@ -2085,15 +2104,15 @@ MENDED: dict[str, set[int]] = defaultdict(set)  # one of DEFECTS -> addresses, o
 
 
 def mend_quanto(leave_kernels: bool = False) -> None:
-    """Keep Quanto from building extensions, losing biases and crashing. Seen in optimum-quanto 0.2.7, torch 2.13.0.
+    """Keep Quanto from building extensions, losing biases and crashing: optimum-quanto 0.2.7, torch 2.13.0.
 
-    - tensor/weights/marlin/fp8/qbits.py:30: the float8 Marlin kernel never adds its bias; without "quanto_cuda" float8
-      takes quanto::qbytes_mm.
-    - library/extensions/extension.py:47: `unpack` (int2; int4 without TinyGemm) compiles for minutes, and a stale lock
-      file makes it hang.
-    - library/qbytes_mm.py:101 calls torch._weight_int8pack_mm for every in_features % 4 == 0, see `int8_product`.
-    - tensor/weights/qbits.py:119 takes TinyGemm whatever the shape, tensor/weights/tinygemm/qbits.py:53 whatever the
-      strides; the kernels refuse (aten/src/ATen/native/cuda/int4mm.cu, _weight_int4pack_mm_cuda).
+    - tensor/weights/marlin/fp8/qbits.py:30: the float8 Marlin kernel never adds its bias; without
+      "quanto_cuda" float8 takes quanto::qbytes_mm.
+    - library/extensions/extension.py:47: `unpack` (int2; int4 without TinyGemm) compiles for minutes, and a
+      stale lock file makes it hang.
+    - library/qbytes_mm.py:101 calls torch._weight_int8pack_mm for any in_features % 4 == 0, see int8_product.
+    - tensor/weights/qbits.py:119 takes TinyGemm whatever the shape, tensor/weights/tinygemm/qbits.py:53
+      whatever the strides; the kernels refuse (aten/src/ATen/native/cuda/int4mm.cu).
     - tensor/optimizers/absmax_optimizer.py:35: a row of zeros gets the scale 0, and float8 then holds 0 / 0.
 
     A second call changes nothing.
@@ -2130,15 +2149,15 @@ def mend_quanto(leave_kernels: bool = False) -> None:
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Numbers of `bits` bits from bytes, as Quanto's extension does: [rows, columns] to [rows * 8 / bits, columns]."""
+    """Numbers of `bits` bits from bytes [rows, columns], as Quanto does: [rows * 8 / bits, columns]."""
     return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 
 def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x @ (weight * scale).T on a CPU: x [rows, in] in bfloat16, weight [out, in] in int8, scale [out, 1].
 
-    torch._weight_int8pack_mm (aten/src/ATen/native/cpu/int8mm_kernel.cpp) reads 16 columns at a time with no remainder,
-    by loads that want addresses that are multiples of 32 bytes: elsewhere segmentation faults or garbage.
+    torch._weight_int8pack_mm (aten/src/ATen/native/cpu/int8mm_kernel.cpp) reads 16 columns at a time with no
+    remainder, by loads that want multiples of 32 bytes as addresses: elsewhere it crashes or answers garbage.
     """
     if x.shape[-1] % 16:
         MENDED["int8 shape"].add(weight.data_ptr())
@@ -2150,7 +2169,7 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
 
 
 def is_linear(module: torch.nn.Module) -> bool:
-    """Whether a module computes a linear layer and nothing else; Llama 4's and PhiMoE's routers inherit from one."""
+    """Whether a module is a linear layer and no more; Llama 4's and PhiMoE's routers inherit from one."""
     if not isinstance(module, torch.nn.Linear):
         return False
     plain = type(module).forward in (torch.nn.Linear.forward, optimum.quanto.QLinear.forward)
@@ -2163,17 +2182,18 @@ def routers(model: Any) -> list[str]:
 
 
 def modules_to_skip(model: Any) -> list[str]:
-    """What QuantoConfig(modules_to_not_convert=…) must name for right answers; a model on the meta device will do.
+    """What QuantoConfig(modules_to_not_convert=…) must name for right answers; a meta model will do.
 
-    transformers' integrations/quanto.py:91 replaces every subclass of nn.Linear, and what its forward does is lost. The
-    list replaces the default one (quantizers/base.py:268), hence its names come first. Names are regular expressions, up
-    to 5.17 of any prefix (quantizers/quantizers_utils.py, should_convert_module): hence the mark of the end.
+    transformers' integrations/quanto.py:91 replaces every subclass of nn.Linear, and what its forward does is
+    lost. The list replaces the default one (quantizers/base.py:268), hence its names come first. Names are
+    regular expressions, up to 5.17 of any prefix (quantizers/quantizers_utils.py, should_convert_module):
+    hence the mark of the end.
     """
     return sorted(get_keys_to_not_convert(model)) + [f"{re.escape(name)}$" for name in routers(model)]
 
 
 def quanto_defects(model: Any) -> list[str]:
-    """Sentences of the report about a quantized model that has been loaded and has run: "as shipped, Quanto …"."""
+    """Sentences of the report about a quantized model that has run: "as shipped, Quanto …"."""
     layers = Counter({name: len(addresses) for name, addresses in MENDED.items()})
     layers["routers"] = len(routers(model))
     for module in linear_layers(model):
@@ -2189,7 +2209,7 @@ def quanto_defects(model: Any) -> list[str]:
 
 
 def max_positions(config: transformers.PreTrainedConfig) -> float:
-    """The longest sequence that a model takes, whatever its configuration calls it; infinite where none is named."""
+    """The longest sequence that a model takes, whatever its configuration calls it; infinite if unnamed."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len", "seq_length", "model_max_length")
     return next((getattr(text, name) for name in names if getattr(text, name, None)), math.inf)
@@ -2220,7 +2240,7 @@ def linear_layers(model: Any) -> list[torch.nn.Module]:
 
 
 def expected_bytes(model: Any, precision: str) -> int:
-    """Bytes that the weights of a meta model will take: 8-bit with a scale a row, fewer bits with two a group of 128."""
+    """Bytes that a meta model's weights will take: 8 bits with a scale a row, fewer with two per 128."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     total = sum(t.nbytes for t in tensors.values())
     if precision == "none":
@@ -2234,7 +2254,8 @@ def expected_bytes(model: Any, precision: str) -> int:
 def place_model(bench: Bench, meta_model: Any, stored: int | None) -> None:
     """Keep of the devices the first GPU that the model fits, else all; say what is coming.
 
-    `stored` bytes has a checkpoint that is quantized already, which no other precision can make smaller. Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried.
+    `stored` bytes has a checkpoint that is quantized already, which no other precision can make smaller.
+    Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried.
     """
     s, largest = bench.settings, max((m.weight.numel() for m in linear_layers(meta_model)), default=0)
     needed = stored or expected_bytes(meta_model, s.weights or "none")
@@ -2325,10 +2346,10 @@ KNOWN_ERRORS = {  # what an error's text says -> what the user is told
     "Python.h": "needs Python's headers (apt install python3-dev)",
     "working triton": "needs a working Triton (pip install triton; on Windows triton-windows)",
     "No module named 'triton'": "needs Triton (pip install triton; on Windows triton-windows)",
-    "not recognize this architecture": "this transformers does not know the model's architecture: take a newer one",
+    "not recognize this architecture": "this transformers does not know the architecture: take a newer one",
     "trust_remote_code": "the model runs code of its repository: read it, then add --trust-remote-code",
     # transformers integrations/quanto.py:42 takes one tensor a layer
-    "automatic conversion": "transformers cannot quantize this checkpoint with Quanto: --weights none runs it",
+    "automatic conversion": "transformers cannot quantize this checkpoint by Quanto: --weights none runs it",
     # Quanto tensor/weights/qbytes.py:294
     "Tensor cannot be changed": "Quanto cannot run this model: a layer reads weights in another dtype",
 }
@@ -2349,13 +2370,15 @@ def describe_error(error: Exception, advice: str) -> tuple[str, bool]:
 
 
 # ------------------------------------------------------------------------------------------- compiled decode
-# Quanto under torch.compile. The documented `model = torch.compile(model)` compiles nothing, since generate() is bound
-# to the model inside (pytorch #161743), and generate()'s own compiling refuses Quanto (is_compileable in transformers'
-# quantizers/base.py). Here linear layers hold Quanto's numbers as plain tensors: a wrapped weight costs Python on every
-# call, and quanto::qbytes_mm (library/qbytes_mm.py:24) is opaque: 5 bytes are moved for each weight of one. Then either
-# - "this script's step", for ordinary attention: generate() gets a decode step whose attention reads the static cache in
-#   windows (all of a long cache costs half the rate on a CPU), whose layers are compiled one by one, those that are alike
-#   once, and a loop to call it; on CUDA one graph a window is captured and replayed, or
+# Quanto under torch.compile. The documented `model = torch.compile(model)` compiles nothing, since generate()
+# is bound to the model inside (pytorch #161743), and generate()'s own compiling refuses Quanto
+# (is_compileable in transformers' quantizers/base.py). Here linear layers hold Quanto's numbers as plain
+# tensors: a wrapped weight costs Python on every call, and quanto::qbytes_mm (library/qbytes_mm.py:24) is
+# opaque: 5 bytes are moved for each weight of one. Then either
+# - "this script's step", for ordinary attention: generate() gets a decode step whose attention reads the
+#   static cache in windows (all of a long cache costs half the rate on a CPU), whose layers are compiled one
+#   by one, those that are alike once, and a loop to call it; on CUDA one graph a window is captured and
+#   replayed, or
 # - "transformers' static cache", for all others: generate() as transformers compiles it.
 
 WINDOW = 256  # tokens
@@ -2367,7 +2390,7 @@ STATIC_CACHE = "compiled with transformers' static cache"
 
 @dataclass
 class CompiledDecode:
-    """A model whose decode step is compiled: `way` is OWN_STEP or STATIC_CACHE, `graphs` counts what Dynamo compiled."""
+    """A model whose decode step is compiled: `way` is OWN_STEP or STATIC_CACHE, `graphs` counts Dynamo's."""
 
     way: str
     graphs: int
@@ -2375,7 +2398,7 @@ class CompiledDecode:
 
 
 def supports_pdl() -> bool:
-    """Whether a kernel can be launched while the one before it ends: programmatic dependent launch, from Hopper on."""
+    """Whether a kernel can start while the one before it ends: programmatic dependent launch (Hopper on)."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability() >= (9, 0)
 
 
@@ -2487,10 +2510,11 @@ if triton:
 
 @torch.library.custom_op("qwquanto::gemv", mutates_args=())
 def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """y = (weight x) * scale for one token on CUDA: x [..., columns], weight [rows, columns], scale [rows, 1], y [..., rows].
+    """y [..., rows] = (weight [rows, columns] x [..., columns]) * scale [rows, 1] for one token on CUDA.
 
-    A decode step's matrix product, which reads each stored byte once and sums in float32. In Triton, since Inductor's
-    own reductions come out right only by minutes of tuning, and not every time. Also for unquantized weights.
+    A decode step's matrix product, which reads each stored byte once and sums in float32. In Triton, since
+    Inductor's own reductions come out right only by minutes of tuning, and not every time. Also for
+    unquantized weights.
     """
     (rows, cols), y = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
     # of 40 forms the fastest on an H100, for matrices of its size
@@ -2505,7 +2529,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Te
 def groupwise_gemv(
     x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 ) -> torch.Tensor:
-    """The product of a GroupwiseLinear for one token on CUDA: x [1, in], data [rows, groups, chunk], y [1, rows].
+    """A GroupwiseLinear's product for one token on CUDA: x [1, in], data [rows, groups, chunk], y [1, rows].
 
     With Inductor's own sums int2's step was 40 % slower on an H100, and took twice as long to compile.
     """
@@ -2526,11 +2550,12 @@ for op in (gemv, groupwise_gemv):
 def flash_decode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attention of one token on CUDA: query [1, heads, 1, size], cache [1, kv heads, length, size], mask [1, 1, 1, window].
+    """Attention of one token on CUDA.
 
-    Flash decoding (Dao and others 2023): each block of 64 places by itself, then all blocks together. Inductor's sums read
-    the keys for every head anew and run along the window on few processors: 2 and 15 us slower a layer at 256 and 2048
-    places on an H100.
+    query [1, heads, 1, size], key and value [1, kv heads, length, size], mask [1, 1, 1, window].
+    Flash decoding (Dao and others 2023): each block of 64 places by itself, then all blocks together.
+    Inductor's sums read the keys for every head anew and run along the window on few processors: 2 and 15 us
+    slower a layer at 256 and 2048 places on an H100.
     """
     (_, heads, _, size), kv = query.shape, key.shape[1]
     count, group, wide = mask.shape[-1] // 64, heads // kv, triton.next_power_of_2(size)
@@ -2550,9 +2575,9 @@ flash_decode.register_fake(lambda query, *_: torch.empty_like(query))
 class DequantLinear(torch.nn.Module):
     """A linear layer whose weight lies in plain tensors; a subclass's product() takes x [tokens, in].
 
-    Layers that are given the same input (q, k and v; gate and up) share one `merged` layer: their tensors, which serve the
-    prompt, are then views of its tensors, and its product of one token, of which each takes its `part`, is computed once
-    (SharedProducts).
+    Layers that are given the same input (q, k and v; gate and up) share one `merged` layer: their tensors,
+    which serve the prompt, are then views of its tensors, and its product of one token, of which each takes
+    its `part`, is computed once (SharedProducts).
     """
 
     # the tensors to merge -> their dimension of the outputs, and how many outputs make one index of it
@@ -2588,8 +2613,8 @@ class PerChannelLinear(DequantLinear):
             native = torch.backends.cpu.get_cpu_capability() == "AVX512"
         self.emulated = data.dtype == torch.float8_e4m3fn and not native
         self.gemv = data.is_cuda and not self.emulated and triton is not None
-        # As Quanto does on a CPU (library/qbytes_mm.py, which asks for 4), but this kernel crashes or answers garbage
-        # unless in_features is a multiple of 16: torch 2.13, aten/src/ATen/native/cpu/int8mm_kernel.cpp
+        # As Quanto does on a CPU (library/qbytes_mm.py asks for 4), but torch 2.13's kernel crashes or is
+        # wrong unless in_features is a multiple of 16: aten/src/ATen/native/cpu/int8mm_kernel.cpp
         self.int8pack = data.is_cpu and data.dtype == torch.int8 and data.shape[1] % 16 == 0
         if self.gemv or data.is_cpu:
             self.merge_key = data.dtype, scale.dtype, data.shape[1]
@@ -2602,8 +2627,8 @@ class PerChannelLinear(DequantLinear):
             if self.int8pack and x.dtype == scale.dtype == torch.bfloat16:
                 return torch._weight_int8pack_mm(x.contiguous(), data, scale.flatten())
             return x @ (data if data.dtype == x.dtype else data.to(x.dtype) * scale).t()
-        # Sums, not a matmul: Inductor fuses them with the reading of the bytes. On a CPU one loop reads a row of each quarter
-        # of the matrix, so that one conversion of x serves four; beyond 4096 elements Inductor sums in a slower way
+        # Sums, not a matmul: Inductor fuses them with the reading of the bytes. On a CPU one loop reads a row
+        # of each quarter of the matrix, so x is converted once for four; over 4096 elements are summed slower
         quarters, chunks, cols = 1, 1, data.shape[1]
         if data.is_cpu:
             quarters = math.gcd(len(data), 4)
@@ -2622,7 +2647,7 @@ class PerChannelLinear(DequantLinear):
 
 
 class GroupwiseLinear(DequantLinear):
-    """4 or 2 bits, weight = q * scale + zero a group; the byte data[row, group, i] packs elements i, i + chunk, … of it"""
+    """4 or 2 bits, weight = q * scale + zero a group; data[row, group, i] packs elements i, i + chunk, …"""
 
     rows: ClassVar = {"data": (0, 1), "scale": (0, 1), "zero": (0, 1)}
 
@@ -2641,8 +2666,8 @@ class GroupwiseLinear(DequantLinear):
         if len(x) > 1 or not torch.compiler.is_compiling():
             weight = torch.stack(q, 2).flatten(2) * self.scale[:, :, None] + self.zero[:, :, None]
             return x @ weight.flatten(1).to(x.dtype).t()
-        # The zero is taken out of the sum over a group. The bits stay where they lie in the byte: dividing x by their power
-        # of two (exact) takes less than shifting each weight. Four rows a loop, as in PerChannelLinear
+        # The zero is taken out of the sum over a group. The bits stay where they lie in the byte: dividing x
+        # by their power of two (exact) takes less than shifting each weight. Four rows a loop, as above
         x = x.reshape(groups, parts, chunk).float()
         shifted = [(x[:, i] * 2.0 ** (-bits * i), (2**bits - 1) << (bits * i)) for i in range(parts)]
         quarters = math.gcd(len(self.data), 4)
@@ -2654,7 +2679,7 @@ class GroupwiseLinear(DequantLinear):
 
 
 class TinyGemmLinear(DequantLinear):
-    """4 bits in bfloat16, by the kernel that Quanto uses too: data is packed for it, scale [groups, out, scale and zero]."""
+    """4 bits in bfloat16, by the kernel that Quanto uses too; its scale is [groups, out, scale and zero]."""
 
     rows: ClassVar = {"data": (0, 8), "scale": (1, 1)}
 
@@ -2696,7 +2721,7 @@ def dequant_linear(linear: torch.nn.Linear) -> DequantLinear:
 
 
 def swap_layers(model: Any) -> None:
-    """Give a model the linear layers above. Subclasses of nn.Linear with a forward of their own stay as they are."""
+    """Give a model the linear layers above. Subclasses of nn.Linear with a forward of their own stay."""
     # names, not modules: a layer that is replaced must not stay in memory
     for name in [name for name, module in model.named_modules() if is_linear(module)]:
         model.set_submodule(name, dequant_linear(model.get_submodule(name)))
@@ -2758,10 +2783,10 @@ INDUCTOR_OPTIONS = {
 
 
 def window_attention(module, query, key, value, mask, scaling=None, **more):
-    """Attention over the first mask.shape[-1] places of the cache; heads of a group share their keys uncopied.
+    """Attention over the first mask.shape[-1] places of the cache; heads of a group share keys uncopied.
 
-    transformers' own sdpa copies keys and values for every head, and reads all of a static cache. Refuses the variants
-    that it would get wrong.
+    transformers' own sdpa copies keys and values for every head, and reads all of a static cache. Refuses the
+    variants that it would get wrong.
     """
     unknown = {name for name, value in more.items() if value is not None}
     unknown &= {"softcap", "s_aux", "sliding_window", "position_bias"}
@@ -2775,7 +2800,7 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
     key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
     if length == 1:
         query = query.view(batch, key.shape[1], -1, size)
-        # sums, not matmuls: Inductor fuses and vectorizes them, and in float32 Qwen2's large scores stay exact
+        # sums, not matmuls: Inductor fuses and vectorizes them; in float32 Qwen2's large scores stay exact
         scores = (query[..., None, :].float() * key[:, :, None]).sum(-1) * scaling
         weights = torch.softmax(scores.masked_fill(~mask, -math.inf), -1)
         out = (weights[..., None] * value[:, :, None]).sum(-2).to(value.dtype)
@@ -2786,14 +2811,14 @@ def window_attention(module, query, key, value, mask, scaling=None, **more):
 
 
 class StepLayer(StaticLayer):
-    """A layer of the step's cache: all share one tensor with the token's position, so that no layer counts by itself."""
+    """A layer of the step's cache: all share one tensor with the token's position, and none counts itself."""
 
     def __init__(self, max_cache_len: int, position: torch.Tensor) -> None:
         super().__init__(max_cache_len)
         self.position = position  # [1]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
-        """A prompt is written from the first place on, one token at the position; returns all keys and values."""
+        """Write a prompt from the first place on, one token at the position; returns all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = key_states.shape[-2]
@@ -2826,7 +2851,7 @@ def run_region(region: torch.nn.Module, *args: Any, **inputs: Any) -> Any:
 
 
 def signature(region: torch.nn.Module) -> str:
-    """Equal for modules that do the same with other tensors: types, forms of tensors, constants but the layer's number."""
+    """Equal for modules that do the same with other tensors: types, forms of tensors, constants."""
     kinds = bool, int, float, str, slice, tuple, list, dict, type(None), torch.dtype, types.FunctionType
     found = []
     for name, module in region.named_modules():
@@ -2840,8 +2865,10 @@ def signature(region: torch.nn.Module) -> str:
 
 
 def regions_of(model: Any, cache: StaticCache) -> list[tuple[torch.nn.Module, StaticCache | None]]:
-    """What of a model is worth compiling: its decoder's layers, each with a cache that is its own at every index, the modules
-    beside them (norms, positions) and the output layer; empty for a decoder that is built otherwise.
+    """What of a model is worth compiling; empty for a decoder that is built otherwise.
+
+    Its layers, each with a cache that is its own at every index, the modules beside them (norms, positions)
+    and the output layer.
     """
     output = model.get_output_embeddings()
     for decoder in model.modules():
@@ -2860,7 +2887,7 @@ def regions_of(model: Any, cache: StaticCache) -> list[tuple[torch.nn.Module, St
 
 
 class DecodeStep:
-    """This script's step: what generate() calls for every token after the first, and what that needs of the model."""
+    """This script's step: what generate() calls for each token after the first, and what that needs."""
 
     def __init__(self, model: Any, max_tokens: int) -> None:
         self.model, self.graphs, self.own_attention = model, {}, model.config._attn_implementation
@@ -2888,7 +2915,7 @@ class DecodeStep:
     def agrees(self) -> bool:
         """Whether the model answers the same by this step as by itself, for some prompt and a token.
 
-        Rounding alone can move a nonsense prompt's logits by half, so one prompt suffices; a wrong step agrees on none.
+        Rounding alone can move a nonsense prompt's logits by half, so one suffices; a wrong step has none.
         """
         config, device = self.model.config, self.model.device
         vocabulary = config.get_text_config().vocab_size
@@ -2914,8 +2941,9 @@ class DecodeStep:
     def compile(self) -> None:
         """Have the step's regions compiled at their first call, and generate() use the step.
 
-        Regional compilation, as PyTorch's recipe of that name has it: all layers as one graph took two to four times as long
-        to compile. A call of a region costs a CPU some 20 us, and a GPU nothing, since its graph is replayed.
+        Regional compilation, as PyTorch's recipe of that name has it: all layers as one graph took two to
+        four times as long to compile. A call of a region costs a CPU some 20 us, and a GPU nothing, since its
+        graph is replayed.
         """
         options = INDUCTOR_OPTIONS | {
             "triton.enable_pdl": self.model.device.type == "cuda" and supports_pdl()
@@ -2926,7 +2954,7 @@ class DecodeStep:
         for region, cache in self.regions:
             key = signature(region)
             if key not in compiled:
-                # code of its own: Dynamo files what it compiled under the code, and no guard tells two regions apart
+                # code of its own: Dynamo files graphs under the code, and no guard tells two regions apart
                 code = run_region.__code__.replace(co_name=f"region_{id(self)}_{len(compiled)}")
                 function = types.FunctionType(code, globals())
                 compiled[key] = torch.compile(function, fullgraph=True, options=dict(options))
@@ -2946,14 +2974,14 @@ class DecodeStep:
         *args: Any,
         **inputs: Any,
     ) -> Any:
-        """A region's forward: a prompt goes its old way, a step the compiled one, with the layer's own cache."""
+        """A region's forward: eager for a prompt, compiled in a step, then with the layer's own cache."""
         if not self.stepping:
             return eager(*args, **inputs)
         own = {name: cache if value is self.cache else value for name, value in inputs.items()}
         return compiled(region, *args, **own)
 
     def decode(self, token: torch.Tensor, length: int) -> torch.Tensor:
-        """Logits [1, 1, vocabulary] after a token [1, 1], the last of `length`; on CUDA the next call overwrites them."""
+        """Logits [1, 1, vocabulary] after a token [1, 1], the last of `length`; on CUDA for one call."""
         size = -(-length // WINDOW) * WINDOW
         self.token.copy_(token)
         self.position.fill_(length - 1)
@@ -2974,9 +3002,9 @@ class DecodeStep:
     ) -> Any:
         """generate()'s loop for this step, in place of transformers' own (generation/utils.py, _sample).
 
-        On CUDA the next step is under way before the host knows whether this token was the last: the GPU does not wait, and
-        at the end of an answer one step is in vain. With top_k, a token is drawn among those k, not among the vocabulary.
-        Both together made int8 10 % faster on an H100.
+        On CUDA the next step is under way before the host knows whether this token was the last: the GPU does
+        not wait, and at the end of an answer one step is in vain. With top_k, a token is drawn among those k,
+        not among the vocabulary. Both together made int8 10 % faster on an H100.
         """
         config, scores, logits = generation_config, (), ()
         top_k = logits_processor[-1] if config.do_sample and logits_processor else None
@@ -3033,8 +3061,8 @@ transformers.AttentionInterface.register("qwquanto", window_attention)
 def static_cache(model: Any, max_tokens: int) -> StaticCache:
     """transformers' static cache of full length in every layer. Raises Failure where transformers has none.
 
-    Sliding windows are left to the mask: StaticSlidingWindowLayer counts in Python (cache_utils.py:541), and every token
-    would compile anew.
+    Sliding windows are left to the mask: StaticSlidingWindowLayer counts in Python (cache_utils.py:541), and
+    every token would compile anew.
     """
     try:
         cache = StaticCache(config=model.config, max_cache_len=max_tokens)
@@ -3093,10 +3121,10 @@ def graphs_compiled() -> int:
 
 @torch.no_grad()
 def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
-    """Compile a loaded model's decode step for up to `max_tokens` of prompt and answer, one sequence; once a model.
+    """Compile a loaded model's decode step for up to `max_tokens` of prompt and answer; once a model.
 
-    Changes the model: afterwards its generate() needs CompiledDecode.options. Raises Failure for a model that cannot be
-    compiled. Takes from seconds to minutes.
+    Changes the model: afterwards its generate() needs CompiledDecode.options. Raises Failure for a model that
+    cannot be compiled. Takes from seconds to minutes.
     """
     max_tokens, before = max(max_tokens, 16), graphs_compiled()
     check_compilable(model, max_tokens)
@@ -3186,7 +3214,7 @@ class Bench:
 
 
 def generation_options(bench: Bench) -> dict[str, Any]:
-    """generate()'s options. max_new_tokens, since Qwen2.5's generation_config.json makes it ignore max_length."""
+    """generate()'s options. max_new_tokens, as Qwen2.5's generation_config makes it ignore max_length."""
     s = bench.settings
     options = {"max_new_tokens": bench.new_tokens, "do_sample": s.do_sample}
     if s.do_sample:
@@ -3201,11 +3229,11 @@ def generate(
 ) -> tuple[list[int], list[float], float]:
     """One generate(): the new tokens, seconds from its start until each of them, and until its end.
 
-    It ends early after `timeout_s`, but has `least` tokens. The time of every token is taken by a stopping criterion, which
-    is called after sampling. On CUDA it records an event: waiting for the device would keep the host from launching the
-    rest of the step (that and a heavier `peak_memory` cost a compiled token on an H100 4.6 %). On MPS it waits, since events
-    are unreliable there (pytorch #196395), and is called once more than there are tokens (transformers
-    generation/utils.py, DeferredStopCheck).
+    It ends early after `timeout_s`, but has `least` tokens. The time of every token is taken by a stopping
+    criterion, which is called after sampling. On CUDA it records an event: waiting for the device would keep
+    the host from launching the rest of the step (that and a heavier `peak_memory` cost a compiled token on an
+    H100 4.6 %). On MPS it waits, since events are unreliable there (pytorch #196395), and is called once more
+    than there are tokens (transformers generation/utils.py, DeferredStopCheck).
     """
     prompt = bench.prompt if prompt is None else prompt
     device, shown = prompt.device, 0.0
@@ -3269,7 +3297,7 @@ def run_once(bench: Bench, seed: int, title: str, warm_up: bool = False) -> Run:
 
 
 def warmup_runs(bench: Bench) -> list[Run]:
-    """WARMUP_RUNS untimed runs, and more until WARMUP_S have passed: a GPU machine needs seconds to reach its pace."""
+    """WARMUP_RUNS untimed runs, and more until WARMUP_S have passed: a GPU is slow in its first seconds."""
     begin, runs = time.perf_counter(), []
     while len(runs) < bench.settings.warmup_runs or (runs and time.perf_counter() - begin < WARMUP_S):
         runs.append(run_once(bench, bench.settings.seed + len(runs), "warm-up", warm_up=True))
@@ -3277,7 +3305,7 @@ def warmup_runs(bench: Bench) -> list[Run]:
 
 
 def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: int) -> None:
-    """`count` timed runs, each handed on at once, with a line and the time to go: the Result's own, or its Compiled's."""
+    """`count` timed runs, the Result's own or its Compiled's, each handed on at once with a line."""
     kind, runs = "eager " * bench.settings.compile, target.runs
     if target is not result:
         kind = "compiled "
@@ -3298,7 +3326,7 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
 def decode_read_bytes(bench: Bench, run: Run) -> int | None:
     """Bytes that a decode step of a run must read on average, weights and cache; None where that is unknown.
 
-    Keys and values that grow with the context are read in proportion; windows that slide and states are read whole.
+    Keys and values that grow with the context are read in proportion; sliding windows and states whole.
     """
     prompt, new, cached = run.prompt_tokens, run.generated_tokens, 0.0
     filled, read = prompt + new - 1, prompt + new / 2
@@ -3318,7 +3346,7 @@ def decode_read_bytes(bench: Bench, run: Run) -> int | None:
 
 
 def measure_prefill(bench: Bench, result: Result) -> None:
-    """Tokens a second of prefill: random ids, three times after one that is not counted; fewer where that takes long."""
+    """Tokens/s of prefill: random ids, three times after one that does not count; fewer if that is long."""
     config, rates = bench.model.config.get_text_config(), []
     tokens = min(PREFILL_TOKENS, max_positions(config) - 1)
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
@@ -3346,7 +3374,7 @@ def kernels_of_a_step(bench: Bench) -> dict[str, int]:
 
 
 def try_torch_compile(bench: Bench, result: Result) -> None:
-    """`model = torch.compile(model)` as introductions have it: wrapped and bare generate() in alternating pairs."""
+    """`model = torch.compile(model)` as introductions have it: wrapped and bare generate() in turn."""
     # on a slow machine fewer, so that all of it takes about twice MAX_SECONDS
     rate = decode_rate(result.runs) or math.inf
     tokens = int(min(bench.new_tokens, 32, max(2, rate * bench.settings.max_seconds / TORCH_COMPILE_PAIRS)))
@@ -3369,11 +3397,11 @@ def try_torch_compile(bench: Bench, result: Result) -> None:
 
 
 def measure_quality(bench: Bench, result: Result, folder: Path) -> Quality | None:
-    """The first model to come here leaves its greedy answer in `folder`, as the reference; all others are judged on it.
+    """The first model leaves its greedy answer in `folder`, as the reference; all others are judged on it.
 
-    On the path that is timed: a logits processor forces the reference's tokens one by one through generate()'s own decode
-    step. Each position is log-softmaxed in float32 as it comes and the reference's rows stay on disk, so a large vocabulary
-    costs little memory.
+    On the path that is timed: a logits processor forces the reference's tokens one by one through
+    generate()'s own decode step. Each position is log-softmaxed in float32 as it comes and the reference's
+    rows stay on disk, so a large vocabulary costs little memory.
     """
     s, tokens_file = bench.settings, folder / "tokens.json"
     is_reference = not tokens_file.exists()
@@ -3435,7 +3463,7 @@ def tokenize(s: Settings, tokenizer: Any, config: transformers.PreTrainedConfig)
 
 
 def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None, Any]:
-    """All that can fail before the model is loaded: device, files, question; the files' folder, and the meta model."""
+    """All that can fail before loading: device, files, question; returns the folder and the meta model."""
     s, result.concerns_all = bench.settings, True
     with step("looking for a device"):
         bench.devices, notes = choose_devices(s.device)
@@ -3468,7 +3496,7 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
     """Load the model and ready it for its runs; time, memory and weights go into the Result."""
     s = bench.settings
     if s.quanto_kernels and s.weights:
-        # what Quanto would compile at first use; where a killed build left a `lock` file, the step's time limit ends it
+        # what Quanto would compile at first use; if a killed build left a `lock` file, the time limit ends it
         with step("building Quanto's own kernels"):
             for name, registered in extension._extensions.items():
                 if name in ("quanto_cpp", f"quanto_{bench.devices[0].split(':')[0]}"):

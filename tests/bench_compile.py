@@ -1,13 +1,13 @@
 """What does compiling bring? Eager against compiled decode, for every precision, on the machine at hand.
 
     python tests/bench_compile.py                             # Qwen2.5-3B's shape, random weights
-    python tests/bench_compile.py --model-name FOLDER         # a real model; --random-weights: its config.json alone
+    python tests/bench_compile.py --model-name FOLDER         # a real model; or its shape, --random-weights
     python tests/bench_compile.py --compare none int8 --compare-tokens 2032 --max-seconds 600
 
-The flags are the script's. Each precision in a process of its own, the same tokens eager and compiled in one process; the
-ratio of run i's decode rates is shown as median and extremes. "Worst block" is the least ratio over any 64 positions: at
-no position should compiled decode be slower. On a GPU, what a user would pick instead runs too where it is installed:
-torchao's int8 (weight only), as transformers compiles it by itself.
+The flags are the script's. Each precision in a process of its own, the same tokens eager and compiled in one
+process; the ratio of run i's decode rates is shown as median and extremes. "Worst block" is the least ratio
+over any 64 positions: at no position should compiled decode be slower. On a GPU, what a user would pick
+instead runs too where it is installed: torchao's int8 (weight only), as transformers compiles it by itself.
 """
 
 import importlib.util
@@ -50,21 +50,25 @@ def row(r: q.Result) -> str:
 
 
 def torchao(s: q.Settings, pipe: Any, device: str = "cuda:0") -> None:
-    """Decode rates and MBU of torchao's int8 weight-only model, as transformers compiles it with a static cache."""
+    """Decode rates and MBU of torchao's int8 weight-only model, as transformers compiles it."""
     from torchao.quantization import Int8WeightOnlyConfig  # where it is installed
 
-    # Inductor makes a sum of a matrix-vector product, and fuses it with reading int8, only where it may tune it
-    # (torch 2.11: _inductor/decomposition.py:372). torchao would have every combination tried, which had not ended after
-    # seven minutes for Qwen2.5-3B on an H100; this is gpt-fast's setting.
+    # Inductor makes a sum of a matrix-vector product, and fuses it with reading int8, only where it may tune
+    # it (torch 2.11: _inductor/decomposition.py:372). torchao would have every combination tried, which had
+    # not ended after seven minutes for Qwen2.5-3B on an H100; this is gpt-fast's setting.
     torch._inductor.config.coordinate_descent_tuning = True
     folder = q.download_model(s.model_name, s.random_weights, True)
     meta_model, bandwidth = q.make_meta_model(s, folder), q.memory_bandwidth(device)
     state = q.random_state(meta_model) if s.random_weights else None
     quantization = q.transformers.TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
     model = type(meta_model).from_pretrained(
-        None if s.random_weights else folder, config=meta_model.config, state_dict=state, dtype=meta_model.dtype,
-        quantization_config=quantization, device_map={"": device},
-    )  # fmt: skip
+        None if s.random_weights else folder,
+        config=meta_model.config,
+        state_dict=state,
+        dtype=meta_model.dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+    )
     tokenizer = None if s.random_weights else q.load_tokenizer(s.model_name, folder, s.trust_remote_code)
     prompt = q.tokenize(s, tokenizer, model.config).to(device)
     bench = q.Bench(s, [device], model=model.eval(), tokenizer=tokenizer, prompt=prompt)
@@ -91,7 +95,8 @@ def torchao_row(s: q.Settings) -> str:
             return f"| torchao int8 | said nothing for {PATIENCE_S} s | | | | | |"
         median, low, high, share, graphs = receiver.recv()
         rate = f"{q.format_3g(median)} ({q.format_3g(low)}–{q.format_3g(high)})"
-        return f"| torchao int8 by transformers, {q.plural(graphs, 'graph')} | – | {rate} | | | {q.percent(share)} | |"
+        name = f"torchao int8 by transformers, {q.plural(graphs, 'graph')}"
+        return f"| {name} | – | {rate} | | | {q.percent(share)} | |"
     except EOFError:
         return "| torchao int8 by transformers | failed: run it alone to see why | | | | | |"
     finally:

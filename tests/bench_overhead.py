@@ -3,9 +3,9 @@
     python tests/bench_overhead.py --model-name FOLDER
     python tests/bench_overhead.py --random-weights --compile --compare-tokens 128   # a GPU at its fastest
 
-The flags are the script's; a generation has COMPARE_TOKENS tokens, 32 unless told.
-Alternating pairs in one process, order swapped every time; prints the mean ratio of the times (1.01: measuring costs
-1 %) and its 95 % interval (Student's t on the logarithms of the pairs' ratios).
+The flags are the script's; a generation has COMPARE_TOKENS tokens, 32 unless told. Alternating pairs in one
+process, order swapped every time; prints the mean ratio of the times (1.01: measuring costs 1 %) and its 95 %
+interval (Student's t on the logarithms of the pairs' ratios).
 """
 
 import os

@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
 
 QUESTION = "How is it computed?"
-ANSWER = "The determinant of a two by two matrix is the product of its diagonal minus that of the other two entries."
+ANSWER = "The determinant of a two by two matrix is the product of its diagonal minus that of the other two "
+ANSWER += "entries."
 
 
 def pytest_configure(config):
@@ -64,7 +65,7 @@ def make_tokenizer(folder):
 def break_few_bits(model, factor=16.0):
     """Give some columns outliers without changing what the model computes: few bits then lose all the others.
 
-    A norm's channels are divided by a factor that the weights after it are multiplied with, as large models do it.
+    A norm's channels are divided by a factor that multiplies the weights after it, as in large models.
     """
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -86,8 +87,8 @@ def make_model(folder, steps=150, tie=True, **options):
     torch.manual_seed(0)
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = Qwen2Config(
-        **size, num_key_value_heads=2, vocab_size=320, tie_word_embeddings=tie, eos_token_id=0, bos_token_id=None,
-        max_position_embeddings=4096,
+        **size, num_key_value_heads=2, vocab_size=320, tie_word_embeddings=tie, eos_token_id=0,
+        bos_token_id=None, max_position_embeddings=4096,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     ids = torch.tensor([[*tokenizer(QUESTION).input_ids, *tokenizer(ANSWER).input_ids, 0]])
@@ -109,7 +110,7 @@ def tiny(tmp_path_factory):
 
 
 def alternate(measured, plain, pairs):
-    """Seconds of two jobs, each given its pair's number as seed, in alternating pairs after one that does not count."""
+    """Seconds of two jobs, each given its pair's number as seed, in turn; the first pair is left out."""
     measured(0), plain(0)
     times = {measured: [], plain: []}
     for i in range(pairs):
@@ -118,7 +119,7 @@ def alternate(measured, plain, pairs):
     return times[measured], times[plain]
 
 
-# ------------------------------------------------------------------------------------- the script as a process
+# ------------------------------------------------------------------------------------ the script as a process
 
 
 @dataclass

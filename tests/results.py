@@ -114,7 +114,7 @@ def piped(benchmark):
 
 
 def files():
-    """Two saved files: a comparison, and the same with --compile on a newer torch, faster and more exact in int4."""
+    """Two saved files: a comparison, and the same with --compile on a newer torch, faster, int4 better."""
     before, after = comparison()[:-1], compiled_comparison()
     before[3] = replace(before[3], runs=runs(14.9, 15.0, 15.1))
     for r in after:

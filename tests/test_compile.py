@@ -1,4 +1,4 @@
-"""Compiled decode on the CPU: Quanto's results, no recompilation, in anybody's program; and upstream's defects are still there."""
+"""Compiled decode on the CPU: Quanto's results, no recompilation, any program; upstream's defects stand."""
 
 import functools
 import inspect
@@ -64,7 +64,7 @@ def logits(model, prompt, length, forced=None, **options):
 
 
 def compile_and_compare(model, length=20, max_tokens=64, reference=None):
-    """Compile a model; its logits for two prompts must be the eager ones within bf16's rounding, without recompilation.
+    """Compile a model; its logits for two prompts must be the eager ones within bf16's rounding.
 
     The eager ones are the `reference`'s, if given.
     """
@@ -85,7 +85,7 @@ def compile_and_compare(model, length=20, max_tokens=64, reference=None):
 
 @pytest.mark.parametrize("weights", PRECISIONS)
 def test_compiled_logits_are_quantos(tiny, weights):
-    """Four graphs, of layers, norm, positions and output, serve all layers and windows: int8's answer passes into the second."""
+    """Four graphs, of layers, norm, positions and output, serve all layers and windows."""
     done = compile_and_compare(trained(tiny, weights), *((270, 300) if weights == "int8" else (20, 64)))
     assert (done.way, done.graphs) == (q.OWN_STEP, 4)
 
@@ -113,7 +113,7 @@ WINDOWS = {"sliding_window": 16, "num_hidden_layers": 3}
     ],
 )
 def test_other_attention_goes_transformers_way(name, weights, options):
-    """24 tokens beyond a window of 16, soft caps, alternating caches, models without an interface for attention."""
+    """24 tokens beyond a window of 16, soft caps, alternating caches, no attention interface."""
     done = compile_and_compare(random_model(name, weights, **options))
     assert (done.way, done.graphs) == (q.STATIC_CACHE, 1)
 
@@ -148,7 +148,7 @@ def test_the_lines_of_the_readme_run(tiny):
 
 
 def test_generate_gives_what_it_gives_uncompiled(tiny):
-    """An end token, a stopping criterion, a streamer, scores; and tensors where no dictionary is asked for."""
+    """An end token, a stopping criterion, a streamer, scores; and tensors where no dictionary is wanted."""
 
     class Streamer(transformers.generation.streamers.BaseStreamer):
         def __init__(self):
@@ -213,7 +213,7 @@ def test_two_models_in_one_program_keep_apart(tiny):
 @pytest.mark.parametrize(("rows", "columns"), [(24, 100), (1, 64), (7, 20), (40, 256), (48, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_odd_shapes(rows, columns, dtype, weights):
-    """One token and several through each kind of layer, against its weights in float64; the input is not contiguous."""
+    """One token and several through each kind of layer, against float64; the input is not contiguous."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(columns, rows, dtype=dtype)
     if weights != "none":
@@ -230,7 +230,7 @@ def test_odd_shapes(rows, columns, dtype, weights):
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "int2"])
 def test_odd_shapes_compiled(weights):
-    """Widths that four values do not divide, and that int8's kernel gets wrong: Quanto itself crashes there."""
+    """Widths that four values do not divide, and that int8's kernel gets wrong: Quanto crashes there."""
     shape = {"hidden_size": 40, "intermediate_size": 90, "head_dim": 10}
     model, reference = (random_model("llama", weights, **shape) for _ in range(2))
     for name, module in list(reference.named_modules()):
@@ -360,7 +360,7 @@ def test_upstream_sliding_layers_still_count_in_python():
 
 
 def test_upstream_documented_recipe_still_compiles_nothing(tiny):
-    """Once this fails, the README's section on compiling must change: torch.compile(model).generate compiles now."""
+    """Once this fails, README's section on compiling must change: torch.compile(model).generate compiles."""
     model = trained(tiny, "none")
     before = q.graphs_compiled()
     torch.compile(model).generate(torch.tensor([[40, 41]]), max_new_tokens=4, do_sample=False, pad_token_id=0)

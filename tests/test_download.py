@@ -17,7 +17,10 @@ CODE = """import json, sys
 import qwquanto
 from qwquanto import Failure, download_model
 qwquanto.log = lambda text: print('log:', text, file=sys.stderr, flush=True)
-qwquanto.status = lambda text, fraction=None: print(f'status: {text}' + ('' if fraction is None else f' [{fraction:.2f}]'), file=sys.stderr, flush=True)
+def status(text, fraction=None):
+    done = "" if fraction is None else f" [{fraction:.2f}]"
+    print(f"status: {text}{done}", file=sys.stderr, flush=True)
+qwquanto.status = status
 for name in sys.argv[1:]:
     model, _, random = name.partition("?")
     try:

@@ -1,7 +1,7 @@
 """Each number of a GPU against an independent witness. Run: python -m pytest -m gpu -s tests/test_gpu.py
 
-Qwen2.5-3B's shape with random weights, int8 unless said otherwise. REQUIRE_GPU=1 makes a skip an error. `-s` shows the
-table of witnesses.
+Qwen2.5-3B's shape with random weights, int8 unless said otherwise. REQUIRE_GPU=1 makes a skip an error. `-s`
+shows the table of witnesses.
 """
 
 import gc
@@ -123,7 +123,7 @@ def test_bandwidth():
 
 
 def test_speed(bench):
-    """tokens/s against a stopwatch around a bare generate(), TTFT against max_new_tokens=1; pairs, alternating."""
+    """tokens/s against a stopwatch around a bare generate(), TTFT against max_new_tokens=1; in pairs."""
     short = replace(bench, new_tokens=16)
     bare = q.generation_options(short) | {"attention_mask": torch.ones_like(bench.prompt), "pad_token_id": 0}
 
@@ -136,7 +136,7 @@ def test_speed(bench):
         return time.perf_counter() - begin
 
     def compare(name, measured, plain, most):
-        """The interval of the ratio lies within the limits: noise cannot make it pass, and takes more pairs."""
+        """The ratio's interval lies within the limits: noise cannot make it pass, and takes more pairs."""
         made, high, low = ([], []), math.inf, 1
         while high / low > most and len(made[0]) < 96:
             for seconds, more in zip(made, alternate(measured, plain, 16), strict=True):
@@ -191,7 +191,7 @@ def test_float8_keeps_its_biases():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("weights", q.PRECISIONS)
 def test_a_layer_to_compile_is_quantos(weights, dtype, device="cuda:0"):
-    """One token through each kind of layer at Qwen2.5-3B's longest sum, and at a count of rows that hardly divides."""
+    """One token through each kind of layer at Qwen2.5-3B's longest sum, and at an awkward count of rows."""
     q.mend_quanto()
     for rows in (2048, 136 if weights == "int4" else 131):  # TinyGemm knows multiples of 8 alone
         torch.manual_seed(0)
@@ -227,7 +227,7 @@ def test_attention_of_one_token(heads, kv, size, window, last, dtype, device="cu
 
 
 def logits_of(model, prompt, count, forced=None, **options):
-    """The logits of a greedy answer, shape [tokens, vocabulary]; of the tokens that are forced, if there are any."""
+    """The logits of a greedy answer, shape [tokens, vocabulary]; of the tokens that are forced, if any."""
     kept = []
 
     def keep(ids, scores):
@@ -244,7 +244,7 @@ def logits_of(model, prompt, count, forced=None, **options):
 
 @pytest.mark.parametrize("weights", q.PRECISIONS)
 def test_compiled_logits_are_quantos(tiny, weights):
-    """On CUDA the step has kernels of its own and is replayed from CUDA graphs, one for each window that is reached."""
+    """On CUDA the step has kernels of its own and is replayed from CUDA graphs, one for each window."""
     torch._dynamo.reset()
     s = settings(model_name=tiny, weights=None if weights == "none" else weights, compile=True)
     model = q.load_model(s, tiny, q.make_meta_model(s, tiny), GPU)

@@ -1,4 +1,4 @@
-"""Measuring with a fake generate() and a fake clock: what was called and what was counted, never how long it took."""
+"""Measuring with a fake generate() and a fake clock: what was called and counted, never how long it took."""
 
 from types import SimpleNamespace
 
@@ -23,8 +23,10 @@ class FakeTime:
 
 
 class FakeModel:
-    """generate() that takes `first` seconds to the first token, `gap` for each further one, and gives these tokens; 7
-    and 8 end an answer."""
+    """generate() that takes `first` seconds to the first token, `gap` for each other, and gives `tokens`.
+
+    7 and 8 end an answer.
+    """
 
     def __init__(self, time, tokens, gap=0.5, first=2.0):
         self.time, self.tokens, self.gap, self.first, self.calls = time, tokens, gap, first, []

@@ -108,7 +108,7 @@ def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
 
 
 def test_upstream_float8_marlin_still_drops_the_bias():
-    """Once this fails, `mend_quanto` may leave "quanto_cuda" alone: Marlin adds the bias (see its docstring)."""
+    """Once this fails, `mend_quanto` may leave "quanto_cuda" alone: Marlin adds the bias (its docstring)."""
     source = inspect.getsource(MarlinF8QBytesLinearFunction.forward)
     assert source.count("bias") == 1, "the bias is used now"
 
@@ -242,7 +242,7 @@ def test_a_configuration_without_dtype_takes_the_checkpoints(tmp_path):
 
 
 def raised(error, step="running the model", advice=""):
-    """What the user is told of an error that was raised in a step, and whether it is a lack of the machine."""
+    """What the user is told of an error raised in a step, and whether it is a lack of the machine."""
     with pytest.raises(type(error)) as found, q.step(step):
         raise error
     return q.describe_error(found.value, advice)

@@ -1,4 +1,7 @@
-"""Whole reports of fixed Results as text, in tests/reports. `PYTHONPATH=. python tests/test_report.py` writes them anew: read the diff."""
+"""Whole reports of fixed Results as text, in tests/reports.
+
+`PYTHONPATH=. python tests/test_report.py` writes them anew: read the diff.
+"""
 
 import io
 from collections import Counter
@@ -133,7 +136,7 @@ def test_spread_is_as_fine_as_its_figure():
     assert q.rate_text(runs(9, 10, 11)) == "10.0 ±1.0" and q.rate_text([run(10)]) == "10.0"
 
 
-# ------------------------------------------------------------------------------------------------ several files
+# ---------------------------------------------------------------------------------------------- several files
 
 
 def table_of(*results):

@@ -173,8 +173,8 @@ def test_where_compiling_fails_the_eager_model_is_judged_and_recommended(script,
     place = "        bench.compiled = prepare_compiled_decode(bench.model, longest)\n"
     copy = edited(tmp_path, BANDWIDTH, (place, raises))
     ended = script(
-        path=copy, model_name=tiny, question=QUESTION, compare=("none", "int8"), compile=True, compare_tokens=40,
-        quality_tokens=40,
+        path=copy, model_name=tiny, question=QUESTION, compare=("none", "int8"), compile=True,
+        compare_tokens=40, quality_tokens=40,
     )  # fmt: skip
     none, int8 = ended.results
     assert not none["complete"] and not int8["complete"] and none["unavailable"] and ended.code == 0

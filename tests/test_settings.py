@@ -1,4 +1,4 @@
-"""Constants, their flags, what is refused, saved results, and that part 1 stands without part 2 and without torch."""
+"""Constants, their flags, what is refused, saved results; that part 1 stands without part 2 and torch."""
 
 import ast
 import builtins
@@ -29,7 +29,7 @@ def start(*argv, path=SCRIPT):
 
 @pytest.fixture
 def edited(tmp_path):
-    """Starts a copy of the script whose constants were edited: edited({old line's beginning: new line}, *argv)."""
+    """Starts a copy of the script with edited constants: edited({old line's beginning: new line}, *argv)."""
 
     def start_copy(edits, *argv):
         text = SOURCE
@@ -144,7 +144,7 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys, flag, answer):
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {answer}")
 
 
-# ------------------------------------------------------------------------------------------------ saved results
+# ---------------------------------------------------------------------------------------------- saved results
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
@@ -209,7 +209,7 @@ def test_show_as_a_process(tmp_path):
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"qwquanto: {file}: {reason}\n")
 
 
-# ------------------------------------------------------------------------------------------------------ part 1
+# ----------------------------------------------------------------------------------------------------- part 1
 
 
 def test_part_1_uses_only_its_own_names():
@@ -238,14 +238,15 @@ def test_part_1_imports_the_standard_library_and_rich():
 @pytest.mark.parametrize("argv", [["--help"], ["--runs", "0"], ["--nonsense"], ["--show", __file__]])
 def test_what_needs_no_model_imports_nothing_heavy(argv):
     code = "import sys, runpy; sys.argv = {!r}\ntry: runpy.run_path(sys.argv[0], run_name='__main__')"
-    code += "\nexcept SystemExit as end: print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)), end.code)"
+    code += "\nexcept SystemExit as end:"
+    code += "\n    print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)), end.code)"
     done = start(code.format([str(SCRIPT), *argv]), path="-c")
     assert done.stdout.splitlines()[-1] == f"[] {0 if argv == ['--help'] else 2}"
     assert "Traceback" not in done.stderr
 
 
 def test_inline_metadata_lists_the_requirements():
-    """PEP 723, for `uv run qwquanto.py`: the packages of requirements.txt, where a reader of the file finds them."""
+    """PEP 723, for `uv run qwquanto.py`: the packages of requirements.txt, in the file."""
     lines = re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+)# ///$", SOURCE).group(1).splitlines()
     listed = re.findall(r'"([^"]+==[^"]+)"', "\n".join(lines))
     assert listed == (ROOT / "requirements.txt").read_text(encoding="utf-8").split()

@@ -47,7 +47,7 @@ def test_students_t_against_a_table(freedom, quantile):
 
 
 def test_welch_against_a_published_example():
-    """Wikipedia, "Welch's t-test", example 2: t = -1.57 with 9.90 degrees of freedom; here they are logarithms of rates."""
+    """Wikipedia, "Welch's t-test", example 2: t = -1.57 with 9.90 degrees of freedom; here logs of rates."""
     first = [17.2, 20.9, 22.6, 18.1, 21.7, 21.4, 23.5, 24.2, 14.7, 21.8]
     second = [21.5, 22.8, 21.0, 23.0, 21.6, 23.6, 22.5, 20.7, 23.4, 21.8]
     second += [20.7, 21.7, 21.5, 22.5, 23.6, 21.5, 22.5, 23.5, 21.5, 21.8]
@@ -147,7 +147,7 @@ def test_answers_are_judged_by_the_interval_of_kl(kl, error, verdict, very_close
     assert [e.verdict for e in q.expectations([r]) if e.expected == "answers very close"] == [very_close]
 
 
-# ------------------------------------------------------------------------------------------------- expectations
+# ----------------------------------------------------------------------------------------------- expectations
 
 
 def verdicts(*results):
@@ -263,7 +263,7 @@ def test_every_judgement_can_be_recomputed_from_the_file():
     assert max(rates, key=rates.get) == "none" and "Fastest: bf16" in text
 
 
-# ----------------------------------------------------------------------------------------------- recommendation
+# --------------------------------------------------------------------------------------------- recommendation
 
 
 def advice(*results):
@@ -344,7 +344,7 @@ def test_a_recommendation_names_the_speeds_that_are_uncertain():
     assert "see below" not in advice(result("none"), result("int8"))
 
 
-# ----------------------------------------------------------------------------------------------------- warnings
+# --------------------------------------------------------------------------------------------------- warnings
 
 
 def test_instability_and_drift_say_so_themselves():

@@ -1,4 +1,4 @@
-"""However a worker ends, and however its parent does: what was measured stands, and nothing is left behind."""
+"""However a worker or its parent ends: what was measured stands, and nothing is left behind."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ def wait_for_end(session, seconds):
     return left
 
 
-# ---------------------------------------------------------------------------------- the parent and its streams
+# --------------------------------------------------------------------------------- the parent and its streams
 
 PARENT = """import runpy, sys
 sys.argv = [{path!r}, *{argv!r}]
@@ -82,7 +82,7 @@ def test_only_a_worker_imports_torch_and_the_parent_stays_small(tiny):
 
 
 def test_prints_within_a_worker_stay_there_and_a_complete_result_is_complete(script, tiny, tmp_path):
-    """A library prints in every way there is; and the process ends with exit code 1 when all has been measured."""
+    """A library prints in every way there is; the process exits with 1 after the last measurement."""
     prints = "    print('NOISE')\n    os.write(1, b'NOISE')\n    os.system('echo NOISE')\n"
     copy = edited(tmp_path, BANDWIDTH, (RUN, prints + RUN), (MEASURED, MEASURED + "    os._exit(1)\n"))
     ended = script(path=copy, model_name=tiny, question=QUESTION, max_length=40, results="-")
@@ -105,7 +105,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(script, tiny):
 
 
 def test_results_on_a_full_disk(script, tiny):
-    """The limit of a file's size stands for a disk that fills up: the file can be made, and not be written."""
+    """A limit of a file's size stands for a disk that fills up: the file can be made, and not be written."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
@@ -137,7 +137,7 @@ def test_a_worker_killed_in_the_third_run_leaves_two(script, tiny, tmp_path):
 
 
 def test_every_way_a_worker_can_end(script, tiny, tmp_path):
-    """Each precision has an end of its own; none takes what was measured along, and none holds up the others."""
+    """Each precision has an end of its own; none takes what was measured along, none holds up the others."""
     in_second_run = (
         "    if seed == 1 and bench.settings.weights is None:\n        os.kill(os.getpid(), signal.SIGSEGV)\n"
         "    if seed == 1 and bench.settings.weights == 'int8':\n        time.sleep(3600)\n"
@@ -190,7 +190,7 @@ def test_a_package_that_is_missing_is_named(script, tiny, tmp_path):
     assert "No module named 'no_such_package'" in line and line.endswith("pip install -r requirements.txt")
 
 
-# --------------------------------------------------------------------------------------------- the parent's end
+# ------------------------------------------------------------------------------------------- the parent's end
 
 
 class Terminal:

@@ -41,7 +41,7 @@ def dequantized(weight):
 
 
 def references(folder, quantized):
-    """The same model unquantized, with the quantized one's numbers: in float32, and in bfloat16 for its rounding."""
+    """The same model unquantized, with the quantized one's numbers: in float32, and bfloat16 for rounding."""
     models = []
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -54,7 +54,7 @@ def references(folder, quantized):
 
 @torch.no_grad()
 def divergence(exact, model):
-    """Mean KL(exact || model) in nats over the model's own greedy answer, decoded token by token with its cache."""
+    """Mean KL(exact || model) in nats over the model's own greedy answer, decoded token by token."""
     torch.manual_seed(0)
     prompt = torch.randint(3, min(100, model.config.get_text_config().vocab_size), (1, PROMPT))
     options = {"do_sample": False, "min_new_tokens": ANSWER, "max_new_tokens": ANSWER}
@@ -65,7 +65,7 @@ def divergence(exact, model):
 
 
 def compare(folder, weights):
-    """Quanto's and mere rounding's distance from the exact answers, the number of quantized layers, what was mended."""
+    """Quanto's and mere rounding's distance from the exact answers, quantized layers, what was mended."""
     q.MENDED.clear()  # of other models
     quantized = load(folder, weights)
     layers = sum(hasattr(getattr(m, "weight", None), "_qtype") for m in quantized.modules())
@@ -95,12 +95,12 @@ def test_every_precision_computes_with_its_own_numbers(name, tmp_path):
             continue
         kl, rounding, layers, _ = compare(tmp_path, weights)
         assert layers > 0 or name in zoo.NO_LINEAR, weights
-        # Rounding alone moves a token to another expert now and then: no kernel can be closer to the truth than that.
+        # Rounding alone moves a token to another expert now and then: no kernel can be closer than that.
         assert kl <= 0.002 + 2 * rounding, (weights, kl, rounding)
 
 
 def error(layer, x):
-    """The largest error of a layer against the product with its own numbers, as a share of the vectors' lengths."""
+    """The largest error of a layer against the product with its own numbers, by the vectors' lengths."""
     weight = dequantized(layer.weight.data)
     with torch.no_grad():
         difference = layer(x).float() - x.float() @ weight.t()
@@ -189,7 +189,8 @@ def test_upstream_float8_still_makes_nan_of_a_row_of_zeros():
     """Once this fails, `mend_quanto` may leave AbsmaxOptimizer alone."""
     code = """
         import torch, optimum.quanto as o
-        print(o.quantize_weight(torch.zeros(2, 8), o.qfloat8, 0, o.AbsmaxOptimizer()(torch.zeros(2, 8), o.qfloat8, 0)))
+        zeros = torch.zeros(2, 8)
+        print(o.quantize_weight(zeros, o.qfloat8, 0, o.AbsmaxOptimizer()(zeros, o.qfloat8, 0)))
     """
     assert "nan" in in_plain_python(code)[1]
 

@@ -1,22 +1,23 @@
-"""Tiny random models of many architectures, made from transformers' configuration classes; nothing is downloaded."""
+"""Tiny random models of many architectures, from transformers' configurations; nothing is downloaded."""
 
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-# What a configuration calls its sizes. 256 columns and more are quantized by groups of 128, as in large models.
+# What a configuration calls its sizes. From 256 columns on, groups have 128, as in large models.
 SIZES = {
     "hidden_size": 256, "n_embd": 256, "d_model": 256, "embedding_size": 256, "word_embed_proj_dim": 256,
     "intermediate_size": 512, "n_inner": 512, "ffn_dim": 512, "ffn_hidden_size": 512, "decoder_ffn_dim": 512,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "decoder_layers": 2,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 256, "max_position_embeddings": 256, "max_seq_len": 256,
-    "n_positions": 256, "sliding_window": 8, "attention_window": 8, "max_window_layers": 1, "rotary_dim": 32,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
-    "moe_k": 2, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 160, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "q_lora_rank": 40, "kv_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
-    "qk_head_dim": 48, "v_head_dim": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 256, "max_position_embeddings": 256,
+    "max_seq_len": 256, "n_positions": 256, "sliding_window": 8, "attention_window": 8,
+    "max_window_layers": 1, "rotary_dim": 32, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2, "moe_intermediate_size": 160,
+    "shared_expert_intermediate_size": 160, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "q_lora_rank": 40, "kv_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "qk_head_dim": 48,
+    "v_head_dim": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MLA = {"head_dim": 16, "num_key_value_heads": 4}  # multi-head latent attention: head_dim is the rotary part's
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
@@ -26,15 +27,16 @@ DEFAULTS = """
 afmoe apertus arcee aria_text axk2 bart biogpt bitnet bloom codegen cohere cohere2 cohere2_moe ctrl cwm
 deepseek_v2 deepseek_v32 deepseek_v4 diffllama doge dots3_note_text ernie4_5 ernie4_5_moe exaone4 exaone_moe
 falcon falcon_mamba flex_olmo flint gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm4_moe
-glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
-granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax
-inkling2_text inkling_text internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama llama4_text mamba mellum
-mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
+glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
+granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4
+hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama
+llama4_text mamba mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3
+mistral mixtral
 modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phimoe
 qwen2 qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlstm
 """
 
-# Name -> what differs from SIZES. A name is a model_type, with a remark after a space where there are several of it.
+# Name -> what differs from SIZES. A name is a model_type, and a remark after a space if there are several.
 ZOO: dict[str, dict[str, Any]] = {
     name: {}
     for name in DEFAULTS.split()
@@ -53,9 +55,9 @@ ZOO: dict[str, dict[str, Any]] = {
     "falcon new": {"new_decoder_architecture": True},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 512},
     "gemma3n_text": {
-        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "intermediate_size": [512, 512],
-        "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 36, "laurel_rank": 8, "altup_num_inputs": 2,
-        "activation_sparsity_pattern": [0.5, 0.0],
+        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+        "intermediate_size": [512, 512], "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 36,
+        "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.5, 0.0],
     },
     "gemma4_text": {
         "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
@@ -77,7 +79,8 @@ ZOO: dict[str, dict[str, Any]] = {
     "youtu": MLA,
     "zamba": {"num_hidden_layers": 6, "attn_layer_offset": 1, "attn_layer_period": 3},
     "zamba2": {
-        "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_headdim": 64, "n_mamba_heads": 8,
+        "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_headdim": 64,
+        "n_mamba_heads": 8,
     },
     "zaya": {"num_experts_per_tok": 1},
     # sizes that Quanto's kernels do not take
@@ -90,15 +93,16 @@ ZOO: dict[str, dict[str, Any]] = {
 
 # What every run of the tests tries; the others are for `pytest -m zoo`.
 SHORT = (
-    "bloom", "cohere2", "deepseek_v3", "exaone4", "falcon", "falcon_h1", "falcon_mamba", "gemma2", "gemma3_text", "gemma3n_text",
-    "glm4", "gpt_neox", "gpt_oss", "granite", "jamba", "lfm2", "llama4_text", "mamba", "mamba2", "minicpm3", "mistral", "mpt",
-    "nemotron_h", "olmo2", "opt", "phi3", "phimoe", "qwen2_moe", "qwen3_next", "recurrent_gemma", "stablelm", "zamba2",
+    "bloom", "cohere2", "deepseek_v3", "exaone4", "falcon", "falcon_h1", "falcon_mamba", "gemma2",
+    "gemma3_text", "gemma3n_text", "glm4", "gpt_neox", "gpt_oss", "granite", "jamba", "lfm2", "llama4_text",
+    "mamba", "mamba2", "minicpm3", "mistral", "mpt", "nemotron_h", "olmo2", "opt", "phi3", "phimoe",
+    "qwen2_moe", "qwen3_next", "recurrent_gemma", "stablelm", "zamba2",
     "qwen2 100", "llama 200", "llama 8", "mistral 36", "llama 384",
 )  # fmt: skip
 NO_LINEAR = ("gpt2",)  # Conv1D instead: Quanto has nothing to quantize
 NOT_WITH_QUANTO = {  # what transformers runs and Quanto does not -> what is said then
-    "hrm_text": "issues during automatic conversion",  # transformers' integrations/quanto.py:42 takes one tensor of four
-    "longcat_flash": "cannot be changed",  # Quanto's tensor/weights/qbytes.py:294: its router reads weight.type(float32)
+    "hrm_text": "issues during automatic conversion",  # integrations/quanto.py:42 takes one tensor of four
+    "longcat_flash": "cannot be changed",  # tensor/weights/qbytes.py:294: its router reads float32
 }
 
 
@@ -116,7 +120,7 @@ def make_config(name: str) -> PreTrainedConfig:
 
 
 def save_model(name: str, folder: str) -> None:
-    """Write one of the ZOO to a folder in bfloat16, with weights large enough that its answers are not all alike."""
+    """Write one of the ZOO to a folder in bfloat16, with weights so large that its answers differ."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make_config(name))
     with torch.no_grad():
