@@ -2616,6 +2616,8 @@ class PerChannelLinear(DequantLinear):
         # As Quanto does on a CPU (library/qbytes_mm.py asks for 4), but torch 2.13's kernel crashes or is
         # wrong unless in_features is a multiple of 16: aten/src/ATen/native/cpu/int8mm_kernel.cpp
         self.int8pack = data.is_cpu and data.dtype == torch.int8 and data.shape[1] % 16 == 0
+        # for one token, Inductor's sums are a third faster with AVX512, with AVX2 up to seven times slower
+        self.sums = native
         if self.gemv or data.is_cpu:
             self.merge_key = data.dtype, scale.dtype, data.shape[1]
 
@@ -2623,9 +2625,10 @@ class PerChannelLinear(DequantLinear):
         data, scale = self.data, self.scale
         if self.gemv and len(x) == 1:
             return gemv(x.contiguous(), data, scale)
-        if len(x) > 1 or not torch.compiler.is_compiling():
-            if self.int8pack and x.dtype == scale.dtype == torch.bfloat16:
-                return torch._weight_int8pack_mm(x.contiguous(), data, scale.flatten())
+        several = len(x) > 1 or not torch.compiler.is_compiling()
+        if self.int8pack and x.dtype == scale.dtype == torch.bfloat16 and (several or not self.sums):
+            return torch._weight_int8pack_mm(x.contiguous(), data, scale.flatten())
+        if several:
             return x @ (data if data.dtype == x.dtype else data.to(x.dtype) * scale).t()
         # Sums, not a matmul: Inductor fuses them with the reading of the bytes. On a CPU one loop reads a row
         # of each quarter of the matrix, so x is converted once for four; over 4096 elements are summed slower
@@ -2759,10 +2762,9 @@ class SharedProducts(CustomGraphPass):
     """Inductor pass: a product that several layers ask for (their `merged` one) is computed once."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        aten, seen = torch.ops.aten, {}
-        ours = torch.ops.qwquanto
-        products = ours.gemv.default, ours.groupwise_gemv.default, aten._weight_int4pack_mm.default
-        pure = (*products, aten.view.default, aten.reshape.default)
+        aten, ours, seen = torch.ops.aten, torch.ops.qwquanto, {}
+        products = ours.gemv, ours.groupwise_gemv, aten._weight_int4pack_mm, aten._weight_int8pack_mm
+        pure = {op.default for op in (*products, aten.view, aten.reshape)}
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target in pure:
                 first = seen.setdefault((node.target, str(node.args)), node)
@@ -2771,7 +2773,7 @@ class SharedProducts(CustomGraphPass):
                     graph.erase_node(node)
 
     def uuid(self) -> str:
-        return "qwquanto.SharedProducts 3"  # Inductor's cache on disk goes by it
+        return "qwquanto.SharedProducts 4"  # Inductor's cache on disk goes by it
 
 
 INDUCTOR_OPTIONS = {
