@@ -226,6 +226,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     if unknown:
         wrong = next((text for text in unknown if text.startswith("-")), unknown[0]).split("=")[0]
         close = difflib.get_close_matches(wrong, [*flags, "--show", "--debug", "--version"], 1)
+        close += [f"--model-name {wrong}"] if "/" in wrong or Path(wrong).exists() else []
         parser.error(f"unexpected argument {wrong}" + (f": did you mean {close[0]}?" if close else ""))
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
     if values["compare"] == [] and values["compare"] is not COMPARE:  # --compare alone
@@ -266,7 +267,7 @@ RULES = {  # constant -> does it hold, and what is allowed
     "WEIGHTS": (lambda v: (v or "none") in PRECISIONS, ONE_OF),
     "COMPARE": (
         lambda v: len({p or "none" for p in v} & set(PRECISIONS)) == len(v),
-        f"a list of some of {', '.join(PRECISIONS)}, each once",
+        f'some of {", ".join(PRECISIONS)}, each once (--compare none int8; COMPARE = ("none", "int8"))',
     ),
     "DEVICE": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cuda, cuda:N, mps or cpu"),
     "DTYPE": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
@@ -655,7 +656,9 @@ def warnings_for(r: Result) -> list[str]:
     if s.random_weights:
         found.append("Random weights: speed and memory hold, text and quality mean nothing.")
     if s.weights and is_float32(r):
-        found.append("32-bit weights: expectations of Quanto are said against 16 bit (--dtype bfloat16).")
+        found.append(
+            "32-bit weights: claims about memory and speed are of 16 bit, so not judged (--dtype bfloat16)."
+        )
     if s.weights and r.quantized_layers == 0:
         found.append("NOTHING WAS QUANTIZED: Quanto knows none of the layers; all is as stored.")
     elif s.weights and r.quantizable_bytes and r.quantizable_bytes < r.unquantized_bytes / 2:
@@ -746,8 +749,11 @@ def expectations(results: list[Result]) -> list[Expectation]:
             interval = speed_interval(int8, base)
             ratio = percent(decode_rate(int8.runs) / decode_rate(base.runs))
             measured = f"{ratio} %{span_of(interval, percent)}, both eager"
-            why = "Speed: eager Quanto calls Python for every layer, and on a GPU widens 8-bit weights on"
-            why += " every call."
+            why = "Speed: eager Quanto calls Python for every layer"
+            on_cuda = int8.devices[0].startswith("cuda")
+            why += (
+                ", and widens 8-bit weights on every call." if on_cuda else ", which small models feel most."
+            )
             found.append(
                 Expectation("at least 90 % of the 16-bit speed", "int8", measured, judge(interval, 0.9), why)
             )
@@ -842,7 +848,9 @@ def recommendation(results: list[Result]) -> list[str]:
             lines[-1] += f" Answers {said}: {', '.join(r.label for r in done if verdict(r) == said)}."
     unsteady = [r.label for r in done if (coefficient_of_variation(r.runs) or 0) > UNSTABLE]
     if unsteady:
-        lines.append(f"[bold yellow]Do not count on the speed of {', '.join(unsteady)}: see below.[/]")
+        lines.append(f"[bold yellow]Unsteady: the speed of {', '.join(unsteady)}, see below.[/]")
+    if left_out := [r.label for r in results if not r.eager_complete]:
+        lines.append(f"[bold yellow]Not measured to the end, so left out here: {', '.join(left_out)}.[/]")
     return lines
 
 
@@ -857,7 +865,8 @@ def recommended(kept: list[Result], base: Result | None) -> str:
         line += f", {format_3g(rate / decode_rate(base.runs))} times {base.label}'s speed"
         if best.prefill_tokens_per_s and best.prefill_tokens == base.prefill_tokens:
             slower = base.prefill_tokens_per_s / best.prefill_tokens_per_s
-            line += f" (but prompts are read {format_3g(slower)} times slower)" if slower > ABOUT else ""
+            link = "but" if rate > decode_rate(base.runs) else "and"
+            line += f" ({link} prompts are read {format_3g(slower)} times slower)" if slower > ABOUT else ""
     if best.compiled and decode_rate(best.compiled.runs):
         line += f"; in this script's compiled step: {format_3g(decode_rate(best.compiled.runs))} tokens/s"
     return line + "."
@@ -1135,8 +1144,9 @@ def comparison_quality(results: list[Result]) -> list[Any]:
     columns = ("weights", "KL nats", "KL p99", "same top token %", "answers")
     judged = [(r.label, r.compiled.quality) for r in results if r.compiled and r.compiled.quality]
     each = ", ".join(f"{label} {kl_text(q)}" for label, q in judged)
-    step = [f"KL of the compiled step's answers: {each}.", ""] if judged else []
-    return table(title, columns, rows) + step if positions else []
+    step = [f"KL of the compiled step's answers: {each}."] if judged else []
+    limits = f"Kept: KL up to {KL_KEPT}; changed: up to {KL_BROKEN}; broken: above."
+    return [*table(title, columns, rows), limits, *step, ""] if positions else []
 
 
 def expected_table(results: list[Result]) -> list[Any]:
@@ -1168,8 +1178,9 @@ def answers(results: list[Result]) -> list[Any]:
     """The beginning of each precision's first answer."""
     most, rows = 200 if len(results) > 1 else 400, []
     for r in results:
-        text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())[:most].rstrip("\ufffd")
-        rows += [[r.label, escape(text)]] if text else []  # (rstrip: half a character, cut by the end)
+        text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())
+        text = text.rstrip("\ufffd")  # half a character, cut by the end
+        rows += [[r.label, escape(text[:most] + "…" * (len(text) > most))]] if text else []
     sampled = len(results) > 1 and results[0].settings.do_sample
     title = "The first answers begin" + " (sampled: each differs in wording)" * sampled
     return table(title, ("weights", "answer"), rows, left=2) if rows else []
@@ -1230,13 +1241,14 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
     columns = ("result", "decode tok/s", "compiled", "weights", "peak", "KL nats")
     parts = table("Decode eager and compiled, memory in GiB, answers", columns, rows)
     if changes:
-        title = f"Relative to the same precision of {names[0]}"
-        title += (
-            f", or its {other.label}"
-            if any(r.name not in first for b in benchmarks for r in b.results)
-            else ""
-        )
+        new = any(r.name not in first for b in benchmarks for r in b.results)
+        title = f"Against the same WEIGHTS in {names[0]}" + f", or its {other.label}" * new
+        title += "; speeds as 95 % intervals"
         parts += table(title, ("result", "eager speed", "compiled speed", "peak", "KL"), changes, left=5)
+    for name, file, benchmark in zip(names, files, benchmarks, strict=True):
+        if said := alerts(benchmark):
+            told = f"{plural(len(said), 'warning')} with these figures: --show {escape(file)}"
+            lines.append(f"[bold yellow]! {name}: {told}[/]")
     return ["[bold]# Saved results, and what differs between them[/]", "", *lines, "", *parts]
 
 
@@ -1305,7 +1317,7 @@ class View:
         self.task, self.prefix = self.progress.add_task("starting"), ""
 
     def log(self, text: str) -> None:
-        self.console.print(self.prefix + text, markup=False, soft_wrap=True)
+        self.console.print(self.prefix + text, markup=False, soft_wrap=not self.console.is_terminal)
 
     def status(self, text: str, fraction: float | None = None) -> None:
         drawn = f"{'█' * round(10 * fraction):░<10} " if fraction is not None else ""

@@ -136,6 +136,7 @@ def test_an_empty_comparison_constant_compares_nothing(monkeypatch):
         ("--run", "unexpected argument --run: did you mean --runs?"),
         ("--shwo", "unexpected argument --shwo: did you mean --show?"),
         ("--xyzzy", "unexpected argument --xyzzy"),
+        ("./my-model", "unexpected argument ./my-model: did you mean --model-name ./my-model?"),
     ],
 )
 def test_a_misspelt_flag_is_answered_with_the_nearest(capsys, flag, answer):
