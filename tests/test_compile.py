@@ -261,6 +261,19 @@ def test_layers_with_one_input_share_a_product_and_no_memory(tiny):
     assert torch.equal(mlp.up_proj(x)[0], alone)
 
 
+@pytest.mark.parametrize(("capability", "calls"), [("AVX2", 8), ("AVX512", 0)])
+def test_int8_on_a_cpu_takes_torchs_kernel_or_sums(tiny, monkeypatch, capability, calls):
+    """Without AVX512 the kernel, once for q, k and v, once for gate and up: four a layer and step."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = trained(tiny, "int8")
+    options, counts = compile_and_compare(model).options, []
+    for tokens in (2, 3):
+        with torch.profiler.profile() as profile:
+            model.generate(beginning(tiny, 12), max_new_tokens=tokens, do_sample=False, **options)
+        counts += [sum(e.key == "aten::_weight_int8pack_mm" for e in profile.events())]
+    assert counts[1] - counts[0] == calls
+
+
 def test_a_product_asked_for_twice_is_computed_once():
     graph = torch.fx.Graph()
     x, w, s = (graph.placeholder(name) for name in "xws")
