@@ -2358,7 +2358,7 @@ KNOWN_ERRORS = {  # what an error's text says -> what the user is told
     "Python.h": "needs Python's headers (apt install python3-dev)",
     "working triton": "needs a working Triton (pip install triton; on Windows triton-windows)",
     "No module named 'triton'": "needs Triton (pip install triton; on Windows triton-windows)",
-    "not recognize this architecture": "this transformers does not know the architecture: take a newer one",
+    "recognize this architecture": "this transformers does not know the model's architecture: upgrade it",
     "trust_remote_code": "the model runs code of its repository: read it, then add --trust-remote-code",
     # transformers integrations/quanto.py:42 takes one tensor a layer
     "automatic conversion": "transformers cannot quantize this checkpoint by Quanto: --weights none runs it",
