@@ -1052,7 +1052,7 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
         row.append(percent(measured and measured.bandwidth_utilization))
         rows.append(row + [format_3g(joules_per_token(runs))] * energy)
     columns = ["weights", "decode tok/s", *["speed-up"] * bool(base)]
-    columns += ["x eager", "compile s"] if compiled else ["prefill", "TTFT ms"]
+    columns += ["x eager", "compile s"] if compiled else ["prefill tok/s", "TTFT ms"]
     return table(speed_title(results, groups, compiled), [*columns, "MBU %", *["J/tok"] * energy], rows)
 
 
