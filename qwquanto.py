@@ -354,7 +354,7 @@ class Compiled:
 
 @dataclass
 class TorchCompile:
-    """`model = torch.compile(model)` as introductions have it: seconds of generate(), in pairs by turns."""
+    """`model = torch.compile(model)` as introductions have it: seconds of generate(), pair by pair."""
 
     graphs: int  # that torch captured
     new_tokens: int
@@ -489,7 +489,7 @@ def write_results(path: str, benchmark: Benchmark) -> None:
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927): sensible near 0 and 1 and for few, unlike ±1.96 s."""
+    """The 95 % score interval of a share (Wilson 1927): sensible near 0 and 1 and for few trials."""
     z, share = 1.96, successes / trials
     center, scale = share + z * z / (2 * trials), 1 + z * z / trials
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -560,7 +560,7 @@ def ratio_interval(runs: list[Run], base: list[Run], distortion: float = 1.0) ->
 
 
 def paired_interval(values: list[float], base: list[float]) -> tuple[float, float, float] | None:
-    """Geometric mean of the ratios of pairs, its 95 % interval (Student's t on logarithms); None for one."""
+    """Geometric mean of pairs' ratios, its 95 % interval (Student's t on logarithms); None for one pair."""
     logs = [math.log(a / b) for a, b in zip(values, base, strict=False)]
     if len(logs) < 2:
         return None
@@ -657,7 +657,7 @@ def warnings_for(r: Result) -> list[str]:
         found.append("Random weights: speed and memory hold, text and quality mean nothing.")
     if s.weights and is_float32(r):
         found.append(
-            "32-bit weights: claims about memory and speed are of 16 bit, so not judged (--dtype bfloat16)."
+            "32-bit weights: claims on memory and speed concern 16 bit, so none is judged (--dtype bfloat16)."
         )
     if s.weights and r.quantized_layers == 0:
         found.append("NOTHING WAS QUANTIZED: Quanto knows none of the layers; all is as stored.")
@@ -1145,7 +1145,7 @@ def comparison_quality(results: list[Result]) -> list[Any]:
     judged = [(r.label, r.compiled.quality) for r in results if r.compiled and r.compiled.quality]
     each = ", ".join(f"{label} {kl_text(q)}" for label, q in judged)
     step = [f"KL of the compiled step's answers: {each}."] if judged else []
-    limits = f"Kept: KL up to {KL_KEPT}; changed: up to {KL_BROKEN}; broken: above."
+    limits = f"This script's limits: kept up to a KL of {KL_KEPT}, changed up to {KL_BROKEN}, broken above."
     return [*table(title, columns, rows), limits, *step, ""] if positions else []
 
 
@@ -2161,7 +2161,7 @@ def mend_quanto(leave_kernels: bool = False) -> None:
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Numbers of `bits` bits from bytes [rows, columns], as Quanto does: [rows * 8 / bits, columns]."""
+    """Numbers [rows * 8 / bits, columns] of `bits` bits from bytes [rows, columns], as Quanto has them."""
     return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 
@@ -2252,7 +2252,7 @@ def linear_layers(model: Any) -> list[torch.nn.Module]:
 
 
 def expected_bytes(model: Any, precision: str) -> int:
-    """Bytes that a meta model's weights will take: 8 bits with a scale a row, fewer with two per 128."""
+    """Bytes that a meta model's weights will take: 8 bits with a scale a row, else two a group of 128."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     total = sum(t.nbytes for t in tensors.values())
     if precision == "none":
@@ -2639,11 +2639,13 @@ class PerChannelLinear(DequantLinear):
             return gemv(x.contiguous(), data, scale)
         several = len(x) > 1 or not torch.compiler.is_compiling()
         if self.int8pack and x.dtype == scale.dtype == torch.bfloat16 and (several or not self.sums):
-            return torch._weight_int8pack_mm(x.contiguous(), data, scale.flatten())
+            # a copy: a part of a row may lie at an address that is no multiple of 32, where the kernel crashes
+            x = x.clone(memory_format=torch.contiguous_format)
+            return torch._weight_int8pack_mm(x, data, scale.flatten())
         if several:
             return x @ (data if data.dtype == x.dtype else data.to(x.dtype) * scale).t()
         # Sums, not a matmul: Inductor fuses them with the reading of the bytes. On a CPU one loop reads a row
-        # of each quarter of the matrix, so x is converted once for four; over 4096 elements are summed slower
+        # of each quarter of the matrix, so x is converted once for four; sums of over 4096 numbers are slower
         quarters, chunks, cols = 1, 1, data.shape[1]
         if data.is_cpu:
             quarters = math.gcd(len(data), 4)
@@ -2865,7 +2867,7 @@ def run_region(region: torch.nn.Module, *args: Any, **inputs: Any) -> Any:
 
 
 def signature(region: torch.nn.Module) -> str:
-    """Equal for modules that do the same with other tensors: types, forms of tensors, constants."""
+    """Equal for modules that do the same with other tensors: all but their numbers and place in the model."""
     kinds = bool, int, float, str, slice, tuple, list, dict, type(None), torch.dtype, types.FunctionType
     found = []
     for name, module in region.named_modules():
@@ -2929,7 +2931,8 @@ class DecodeStep:
     def agrees(self) -> bool:
         """Whether the model answers the same by this step as by itself, for some prompt and a token.
 
-        Rounding alone can move a nonsense prompt's logits by half, so one suffices; a wrong step has none.
+        Rounding alone can move a nonsense prompt's logits by half, so one prompt suffices; a wrong
+        step agrees on none.
         """
         config, device = self.model.config, self.model.device
         vocabulary = config.get_text_config().vocab_size
@@ -2995,7 +2998,7 @@ class DecodeStep:
         return compiled(region, *args, **own)
 
     def decode(self, token: torch.Tensor, length: int) -> torch.Tensor:
-        """Logits [1, 1, vocabulary] after a token [1, 1], the last of `length`; on CUDA for one call."""
+        """Logits [1, 1, vocabulary] after a token [1, 1], the last of `length`; on CUDA till called again."""
         size = -(-length // WINDOW) * WINDOW
         self.token.copy_(token)
         self.position.fill_(length - 1)

@@ -274,6 +274,21 @@ def test_int8_on_a_cpu_takes_torchs_kernel_or_sums(tiny, monkeypatch, capability
     assert counts[1] - counts[0] == calls
 
 
+def test_int8s_kernel_gets_addresses_that_it_can_load(monkeypatch):
+    """A part of another layer's output at an odd place: without a copy this process would crash."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    torch.manual_seed(0)
+    layers = []
+    for rows in (96, 64):
+        data = torch.randint(-127, 128, (rows, 64), dtype=torch.int8)
+        layers.append(q.PerChannelLinear(None, data, torch.rand(rows, 1).bfloat16()))
+    part = lambda x: layers[1](layers[0](x)[..., 1:65])
+    x = torch.randn(1, 1, 64).bfloat16()
+    for answer in (part(x), torch.compile(part, fullgraph=True)(x)):
+        wanted = layers[0](x)[..., 1:65].double() @ (layers[1].data.double() * layers[1].scale.double()).t()
+        assert (answer - wanted).norm() / wanted.norm() < 0.01
+
+
 def test_a_product_asked_for_twice_is_computed_once():
     graph = torch.fx.Graph()
     x, w, s = (graph.placeholder(name) for name in "xws")
