@@ -2639,7 +2639,7 @@ class PerChannelLinear(DequantLinear):
             return gemv(x.contiguous(), data, scale)
         several = len(x) > 1 or not torch.compiler.is_compiling()
         if self.int8pack and x.dtype == scale.dtype == torch.bfloat16 and (several or not self.sums):
-            # a copy: a part of a row may lie at an address that is no multiple of 32, where it crashes
+            # a copy: a part of a row may lie at an address that is no multiple of 32: the kernel crashes
             x = x.clone(memory_format=torch.contiguous_format)
             return torch._weight_int8pack_mm(x, data, scale.flatten())
         if several:
