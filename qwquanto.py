@@ -42,6 +42,8 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
                      cache as generate() filled it) over what this device's memory delivers, measured before
                      the model is loaded
     energy           difference of the GPU's own energy counter, over at least one second
+    GPU at work      time of the kernels of one profiled eager decode step over that of an unprofiled one: the
+                     rest of the time the GPU waits for the host
     KL               KL(reference || quantized) in nats over the reference's greedy answer: mean ± standard
                      error. The reference is the unquantized model or, where that did not run, the most
                      precise one that did
@@ -141,8 +143,10 @@ KL_KEPT, KL_BROKEN = 0.05, 0.5  # nats: up to the first answers are kept, above 
 MIN_POSITIONS = 100  # of a KL: llama-perplexity prints no statistics on fewer
 MIN_RATE_TOKENS = 32  # of a run whose rate counts for a spread
 LONG_ANSWER_TOKENS = 200  # of a run that shows a pace
+PLANNING = 1.2  # times the time of a token that a new context length must cost to be told
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
 SILENCE_S = 900  # a step that is silent for so long counts as hung; loading may take as long as it takes
+HOST_BOUND = 0.5  # share of an eager step under which the GPU mostly waits for the host
 ABOUT = 1.2  # times as fast, or as slow, that still counts as about the same speed
 EXIT_S = 10  # for a worker to end by itself once it has measured everything
 
@@ -382,6 +386,8 @@ class Result:
     skipped_layers: int = 0  # linear layers with a forward of their own, which Quanto would replace
     weight_types: dict[str, int] = field(default_factory=dict)  # Quanto's tensor class -> layers
     kernels: dict[str, int] = field(default_factory=dict)  # matrix products of one eager decode step -> calls
+    kernel_s: float | None = None  # of all kernels of that step on the GPU
+    cudnn_attention_s: dict[str, float] = field(default_factory=dict)  # first, again: see `cudnn_attention`
     defects: list[str] = field(default_factory=list)  # of Quanto as shipped, with this model on this machine
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # phase -> name -> bytes, see `snapshot`
     warmup: list[Run] = field(default_factory=list)
@@ -623,6 +629,36 @@ def pace(runs: list[Run]) -> tuple[float, float] | None:
     return tuple(statistics.median(len(t[i]) / sum(t[i]) for t in tenths) for i in (0, 1)) if tenths else None
 
 
+def is_warming_up(rates: list[float]) -> bool:
+    """Whether the first runs were slower because they were the first: never of two runs.
+
+    Either the first run alone is a tenth slower than all others, which agree; or each run is faster than the
+    one before. Three noisy runs rise by chance one time in six: of three, each step must be a large one.
+    """
+    if len(rates) < 3:
+        return False
+    first, *others = rates
+    agree = statistics.stdev(others) < UNSTABLE * statistics.fmean(others)
+    least = UNSTABLE if len(rates) == 3 else 0.01
+    rises = all(b > (1 + least) * a for a, b in itertools.pairwise(rates))
+    return (agree and first < 0.9 * min(others)) or (rises and rates[-1] > (1 + UNSTABLE) * first)
+
+
+def slows_with_context(runs: list[Run]) -> bool:
+    """Whether decode slows by a tenth within each of two or more long answers, and in all of them alike.
+
+    A busy machine slows each run elsewhere.
+    """
+    falls = [last / first for first, last in filter(None, (pace([run]) for run in runs))]
+    return len(falls) > 1 and max(falls) < 0.9 and max(falls) < 1.1 * min(falls)
+
+
+def gpu_share(r: Result) -> float | None:
+    """Share of an eager decode step's time in which the GPU works; None where its kernels were not timed."""
+    rate = decode_rate(r.runs)
+    return r.kernel_s * rate if r.kernel_s and rate else None
+
+
 def joules_per_token(runs: list[Run]) -> float | None:
     """Energy of all runs on all devices by their tokens; None under a second: the counter hardly moves."""
     if not runs or any(run.energy_j is None for run in runs) or sum(run.latency_s for run in runs) < 1:
@@ -672,7 +708,7 @@ def warnings_for(r: Result) -> list[str]:
         found.append(f"Quality rests on {plural(q.positions, 'token')}, fewer than {MIN_POSITIONS}.")
     if r.timed_runs and all((run.stop_reason, run.generated_tokens) == ("eos", 1) for run in r.timed_runs):
         found.append("Every answer ended at its first token: a chat model wants --chat.")
-    found += instability("eager", r.runs, bool(s.compare))
+    found += instability("eager", r.runs, bool(s.compare), (gpu_share(r) or 1) < HOST_BOUND)
     if r.compiled:
         found += instability("compiled", r.compiled.runs, bool(s.compare))
         if r.compiled.recompilations:
@@ -683,7 +719,7 @@ def warnings_for(r: Result) -> list[str]:
     return found + r.notes
 
 
-def instability(kind: str, runs: list[Run], same_work: bool) -> list[str]:
+def instability(kind: str, runs: list[Run], same_work: bool, host_bound: bool = False) -> list[str]:
     """What is unsteady about some runs, and whether that could be judged at all."""
     found, variation = [], coefficient_of_variation(runs)
     if same_work and any(run.stop_reason == "time" for run in runs):
@@ -694,14 +730,19 @@ def instability(kind: str, runs: list[Run], same_work: bool) -> list[str]:
         )
         return found + [unknown] * (len(runs) > 1)
     (rates,) = rates_over_shared_prefix(runs)
-    if variation > UNSTABLE:
+    if is_warming_up(rates):
+        found.append(f"The {kind} runs are still warming up, each faster than before: more WARMUP_RUNS.")
+    elif variation > UNSTABLE:
         # without the figure, which stands in the table: precisions of the same words share a line
-        found.append(
-            f"The {kind} runs' rates differ by over {100 * UNSTABLE:.0f} % (s.d.): is the machine busy?"
-        )
+        why = "the host, which sets the pace, is not steady." if host_bound else "is the machine busy?"
+        found.append(f"The {kind} runs' rates differ by over {100 * UNSTABLE:.0f} % (s.d.): {why}")
     # never of three runs, whose extremes are at most 2 s.d. apart
     if rates[0] - rates[-1] > max(2 * variation, UNSTABLE) * statistics.fmean(rates):
         found.append(f"The last {kind} run is clearly slower than the first: heat? another program?")
+    if slows_with_context(runs):
+        first, last = pace(runs)
+        speeds = f"{format_3g(first)} tokens/s at the beginning, {format_3g(last)} at the end"
+        found.append(f"The {kind} model slows with context, alike in all runs: {speeds}.")
     return found
 
 
@@ -963,7 +1004,8 @@ def report(benchmark: Benchmark) -> list[Any]:
     parts = [heading(first), *(recommendation(results) if compared else single_headline(first)), ""]
     for block in (hardware(first), alerts(benchmark)):
         parts += [*block, ""] if block else []
-    parts += speed_table(results) + (speed_table(results, compiled=True) if compiled else [])
+    parts += speed_table(results) + host_bound(results)
+    parts += speed_table(results, compiled=True) if compiled else []
     if compared:
         parts += comparison_memory(results) + comparison_quality(results)
     else:
@@ -1063,6 +1105,18 @@ def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) 
     made = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else plural(counts[0], "run")
     title = next((r.compiled.way for r in results if r.compiled), "") if compiled else "Speed, eager"
     return f"{title[:1].upper()}{title[1:]}: medians of {made} of up to {plural(tokens, 'new token')}"
+
+
+def host_bound(results: list[Result]) -> list[str]:
+    """How much of an eager decode step the GPU works: where that is little, the host's speed is measured."""
+    shares = {r.label: gpu_share(r) for r in results}
+    known = ", ".join(f"{label} {percent(share)} %" for label, share in shares.items() if share)
+    if not known:
+        return []
+    line = f"GPU at work during an eager step: {known}"
+    if min(filter(None, shares.values())) < HOST_BOUND:
+        line += "; for the rest it waits for Python on the host, whose speed this is."
+    return [line.rstrip(".") + ".", ""]
 
 
 def runs_table(r: Result) -> list[Any]:
@@ -1171,7 +1225,23 @@ def kernel_lines(results: list[Result]) -> list[Any]:
             lines.append(escape(f"{r.label}: {calls}"))
         mended = "" if r.settings.quanto_kernels else " (mended here)"
         lines += [escape(f"{r.label}: {text}{mended}") for text in r.defects]
+    lines += cudnn_lines(results)
     return ["[bold]### Kernels of one eager decode step[/]", "", *lines, ""] if lines else []
+
+
+def cudnn_lines(results: list[Result]) -> list[str]:
+    """What torch's choice of cuDNN's attention costs a program that leaves it on, where that was seen."""
+    seen = [(r.label, r.cudnn_attention_s) for r in results if r.cudnn_attention_s]
+    costs = [
+        f"{label} {format_3g(cost['first'], 0.001)} instead of {format_3g(cost['again'], 0.001)}"
+        for label, cost in seen
+        if cost["first"] > PLANNING * cost["again"]
+    ]
+    if not costs:
+        return []
+    line = "As shipped, torch plans cuDNN's attention anew at every context length that a process has not had"
+    line += f" before, ms a token: {'; '.join(costs)} (switched off here)."
+    return [line, "Your own program wants torch.backends.cuda.enable_cudnn_sdp(False)."]
 
 
 def answers(results: list[Result]) -> list[Any]:
@@ -1627,6 +1697,7 @@ PREFILL_TOKENS, PREFILL_S = 512, 10  # as llama-bench's pp512; seconds after whi
 GENERATION = (  # the settings of generate() that the report names
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "eos_token_id",
 )  # fmt: skip
+PLANNED_TOKENS = 24  # to see what cuDNN's attention costs: two seconds
 CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
 SMALLER = "ask for fewer tokens, or take a smaller model"
 TORCH_COMPILE_PAIRS = 5  # of torch.compile(model) as written
@@ -2158,6 +2229,20 @@ def mend_quanto(leave_kernels: bool = False) -> None:
     WeightQBitsTensor.create = staticmethod(create_if_it_fits)
     TinyGemmQBitsLinearFunction.forward = staticmethod(multiply_contiguous)
     AbsmaxOptimizer.optimize = scale_above_zero
+
+
+def leave_out_cudnn_attention(leave_kernels: bool) -> bool:
+    """Keep torch from cuDNN's attention; whether that changed anything.
+
+    On Hopper torch prefers it (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, priority_order), and it
+    plans its kernels anew for each shape (cudnn/MHA.cpp, a cache by shape): at each new context length a
+    token takes 30 ms more, so that short runs time cuDNN's planning (torch 2.11, H100).
+    """
+    if leave_kernels or not torch.cuda.is_available():
+        return False
+    shipped = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return shipped
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -3226,6 +3311,7 @@ class Bench:
     new_tokens: int = 0  # at most; exactly, in a comparison
     positions_left: float = 0  # that the model has after the prompt
     decode_weight_bytes: int | None = None
+    left_out_cudnn: bool = False  # its attention, see `leave_out_cudnn_attention`
     cache: Any = None  # the KV cache of the latest generation
     compiled: Any = None  # the CompiledDecode, once there is one
 
@@ -3381,13 +3467,39 @@ def measure_prefill(bench: Bench, result: Result) -> None:
 PRODUCTS = r"quanto::(?!qbytes_mm)|_weight_int\dpack_mm|aten::(mm|bmm|addmm|mkldnn_\w*linear\w*|_scaled_mm)$"
 
 
-def kernels_of_a_step(bench: Bench) -> dict[str, int]:
-    """Name -> calls, of the matrix products of one token, as in an eager decode step, by torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+def profile_a_step(bench: Bench) -> tuple[dict[str, int], float | None]:
+    """What one token calls, as in an eager decode step, by torch's profiler.
+
+    Name -> calls of the matrix products; and seconds of all kernels on the GPU, None without one.
+    """
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if bench.prompt.device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profiler:
         token = bench.prompt[:, -1:]
         generate(bench, "looking which kernels run", prompt=token, max_new_tokens=1, do_sample=False)
-    calls = {event.key: event.count for event in profiler.key_averages() if re.search(PRODUCTS, event.key)}
-    return dict(sorted(calls.items(), key=lambda item: -item[1]))
+    events = profiler.key_averages()
+    calls = {event.key: event.count for event in events if re.search(PRODUCTS, event.key)}
+    on_gpu = [e.self_device_time_total for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    return dict(sorted(calls.items(), key=lambda item: -item[1])), sum(on_gpu) / 1e6 or None
+
+
+def cudnn_attention(bench: Bench) -> dict[str, float]:
+    """Seconds a token, median, with cuDNN's attention as torch ships it: at context lengths that this process
+    has not had before ("first"), and at the same ones once more ("again")."""
+    tokens = int(min(PLANNED_TOKENS, bench.positions_left))
+    if not bench.left_out_cudnn or tokens < 3:
+        return {}
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        found = {}
+        for name in ("first", "again"):
+            options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+            _, times, _ = generate(bench, "what cuDNN's attention costs", **options)
+            found[name] = statistics.median(b - a for a, b in itertools.pairwise(times))
+        return found
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def try_torch_compile(bench: Bench, result: Result) -> None:
@@ -3519,6 +3631,7 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
                 if name in ("quanto_cpp", f"quanto_{bench.devices[0].split(':')[0]}"):
                     _ = registered.lib
     with step("loading the model", timeout_s=None):
+        bench.left_out_cudnn = leave_out_cudnn_attention(s.quanto_kernels)
         begin = time.perf_counter()
         with freed_memory_returned(), peak_memory(bench.devices, bench.handles) as peak:
             bench.model = load_model(s, folder, meta_model, bench.devices)
@@ -3574,7 +3687,8 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
             result.warmup = warmup_runs(bench)
             # without a comparison, eager is only the compiled step's baseline: one run
             timed_runs(bench, result, result, 1 if s.compile and not s.compare else s.runs)
-            result.kernels = kernels_of_a_step(bench)
+            result.kernels, result.kernel_s = profile_a_step(bench)
+            result.cudnn_attention_s = cudnn_attention(bench)
             result.defects = quanto_defects(bench.model) if s.weights else []
         with step("measuring prefill"):
             measure_prefill(bench, result)

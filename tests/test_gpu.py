@@ -151,6 +151,38 @@ def test_speed(bench):
     compare("TTFT over max_new_tokens=1", first, lambda seed: stopwatch(seed, max_new_tokens=1), 1.15)
 
 
+def kernel_names(bench):
+    """Of a token's kernels on the GPU."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        q.generate(bench, "profiled", **q.generation_options(replace(bench, new_tokens=3)))
+    return [e.key for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def test_no_timed_token_plans_attention(bench):
+    """Upstream: torch takes cuDNN's attention on Hopper and plans it anew for each context length.
+
+    The day when the second half fails, `leave_out_cudnn_attention` can go.
+    """
+    was_on = q.leave_out_cudnn_attention(False)
+    names = kernel_names(bench)
+    assert names and not [name for name in names if "cudnn" in name and "norm" not in name.lower()], names
+    if torch.cuda.get_device_capability() == (9, 0):
+        prompt = bench.prompt.repeat(1, 7)  # lengths that no test has had before
+        found = q.cudnn_attention(replace(bench, left_out_cudnn=True, prompt=prompt))
+        print(f"| cuDNN's attention, ms a token: first, again | {found} | | |", flush=True)
+        assert was_on and found["first"] > 1.2 * found["again"]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_gpu_at_work(bench):
+    """Kernels take at least the time to read each weight once, and at most that of the whole step."""
+    calls, seconds = q.profile_a_step(bench)
+    rate = q.run_once(bench, 0, "run").decode_tokens_per_s
+    print(f"| GPU at work in an eager int8 step | {seconds * rate:.1%} | | |", flush=True)
+    assert calls and q.decode_weight_bytes(bench.model) / q.memory_bandwidth("cuda:0") < seconds < 1 / rate
+
+
 def test_energy(bench):
     """The counter's difference over a long run against the integral of nvidia-smi's power."""
     watts, ended = [], threading.Event()

@@ -411,3 +411,70 @@ def test_a_workers_end_in_words():
     assert q.describe_exit(-9) == "its process was killed by SIGKILL (out of memory?)"
     assert q.describe_exit(3) == "its process ended with exit code 3"
     assert q.describe_exit(-11, "in kernel x") == "its process was killed by SIGSEGV (in kernel x)"
+
+
+@pytest.mark.parametrize(
+    ("rates", "warms"),
+    [
+        ((10, 12, 14), True),  # each run faster than the one before
+        ((20, 21, 22, 23), True),
+        ((10, 20, 20.1), True),  # the first run alone was slow
+        ((10, 10.1, 10.2), False),  # three noisy runs rise by chance one time in six
+        ((20, 20.1, 20.05, 20.15), False),
+        ((20, 19, 20, 21, 20), False),
+        ((20, 21.5, 20.5), False),
+        ((14, 12, 10), False),
+        ((10, 20), False),  # of two, nothing can be said
+    ],
+)
+def test_runs_that_are_still_warming_up(rates, warms):
+    assert q.is_warming_up(list(rates)) == warms
+    told = " ".join(q.instability("eager", runs(*rates), False))
+    assert ("still warming up" in told) == warms
+    assert not (warms and "busy" in told)
+
+
+def slowing(rate, by, tokens=300):
+    """A run whose last tokens come `by` times as fast as its first ones."""
+    gaps = [1 / rate / (1 + (by - 1) * i / (tokens - 2)) for i in range(tokens - 1)]
+    return run(rate, tokens, inter_token_s=gaps)
+
+
+@pytest.mark.parametrize(
+    ("made", "slows"),
+    [
+        ([slowing(20, 0.6), slowing(20.5, 0.6)], True),
+        ([slowing(20, 0.6), slowing(18, 0.61), run(20, 40)], True),  # a short answer says nothing
+        ([slowing(20, 1), slowing(20, 1)], False),
+        ([slowing(20, 0.95), slowing(20, 0.95)], False),
+        ([slowing(20, 0.6), slowing(20, 1)], False),  # another program
+        ([slowing(20, 0.4), slowing(20, 0.8)], False),
+        ([slowing(20, 0.6)], False),  # one run may be the machine's
+    ],
+)
+def test_decode_that_slows_with_context(made, slows):
+    assert q.slows_with_context(made) == slows
+    told = [text for text in q.instability("eager", made, False) if "slows with context" in text]
+    assert len(told) == slows and all("at the beginning" in text for text in told)
+
+
+def test_share_of_a_step_in_which_the_gpu_works():
+    r = result(rates=(20, 20), kernel_s=0.01)
+    assert q.gpu_share(r) == pytest.approx(0.2)
+    assert (
+        q.gpu_share(result(rates=(20, 20))) is None and q.gpu_share(result(rates=(), kernel_s=0.01)) is None
+    )
+    (line, _) = q.host_bound([r, result("none", rates=(10, 10))])
+    assert "int8 20.0 %" in line and "bf16" not in line and "Python on the host" in line
+    (line, _) = q.host_bound([result(rates=(20, 20), kernel_s=0.04)])
+    assert "80.0 %" in line and "Python" not in line
+    assert q.host_bound([result()]) == []
+    warned = [q.warnings_for(result(rates=(10, 12, 10), kernel_s=s))[0] for s in (0.01, 0.08)]
+    assert "the host" in warned[0] and "busy?" in warned[1]
+
+
+def test_what_cudnn_costs_is_told_where_it_costs():
+    costs = {"first": 0.058, "again": 0.0221}
+    told = " ".join(q.cudnn_lines([result("none", cudnn_attention_s=costs), result()]))
+    assert "bf16 58.0 instead of 22.1" in told and "enable_cudnn_sdp(False)" in told and "int8" not in told
+    assert q.cudnn_lines([result(cudnn_attention_s={"first": 0.0225, "again": 0.0221}), result()]) == []
