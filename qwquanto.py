@@ -38,9 +38,9 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     allocated        bytes in torch's tensors; reserved: what its allocator holds; used: whole device (NVML)
     RSS              physical memory of this process: mapped files and freed heap count too, so it is not the
                      model
-    MBU              memory bandwidth utilization: bytes that decode must read a second (weights, and the KV
-                     cache as generate() filled it) over what this device's memory delivers, measured before
-                     the model is loaded
+    MBU              memory bandwidth utilization: bytes of weights that decode must read a second over what
+                     this device's memory delivers, measured before the model is loaded. A lower bound: the
+                     KV cache is read too, little beside the weights until the context is long
     energy           difference of the GPU's own energy counter, over at least one second
     KL               KL(reference || quantized) in nats over the reference's greedy answer: mean ± standard
                      error. The reference is the unquantized model or, where that did not run, the most
@@ -386,7 +386,7 @@ class Result:
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # phase -> name -> bytes, see `snapshot`
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)  # eager
-    bytes_per_token: int | None = None
+    bytes_per_token: int | None = None  # weights that a decode step reads, see `decode_weight_bytes`
     memory_bytes_per_s: dict[str, float] = field(default_factory=dict)  # device -> bytes/s
     bandwidth_utilization: float | None = None
     compiled: Compiled | None = None
@@ -607,13 +607,13 @@ def verdict(r: Result) -> str:
     return names[named[0]] if named[0] == named[1] else f"{names[named[0]]} or {names[named[1]]}"
 
 
-def utilization(r: Result, runs: list[Run], bytes_per_token: int | None) -> float | None:
+def utilization(r: Result, runs: list[Run]) -> float | None:
     """MBU. Several devices work one after the other, so the memory's time is the sum of each one's."""
     rate, held = decode_rate(runs), r.device_weight_bytes
-    if rate is None or bytes_per_token is None or not held or not set(held) <= set(r.memory_bytes_per_s):
+    if rate is None or r.bytes_per_token is None or not held or not set(held) <= set(r.memory_bytes_per_s):
         return None
     total = sum(held.values())
-    return rate * sum(bytes_per_token * n / total / r.memory_bytes_per_s[d] for d, n in held.items())
+    return rate * sum(r.bytes_per_token * n / total / r.memory_bytes_per_s[d] for d, n in held.items())
 
 
 def pace(runs: list[Run]) -> tuple[float, float] | None:
@@ -3203,12 +3203,6 @@ def compile_decode(model: Any, max_tokens: int) -> dict[str, Any]:
     return prepare_compiled_decode(model, max_tokens).options
 
 
-def mean_window(prompt_tokens: int, generated_tokens: int) -> float:
-    """Tokens of the static cache that a decode step reads, on average."""
-    steps = range(1, max(2, generated_tokens))
-    return statistics.fmean(-(-(prompt_tokens + i) // WINDOW) * WINDOW for i in steps)
-
-
 # ---------------------------------------------------------------------------------------------------- timing
 
 
@@ -3225,8 +3219,6 @@ class Bench:
     prompt: Any = None  # token ids, shape [1, prompt tokens]
     new_tokens: int = 0  # at most; exactly, in a comparison
     positions_left: float = 0  # that the model has after the prompt
-    decode_weight_bytes: int | None = None
-    cache: Any = None  # the KV cache of the latest generation
     compiled: Any = None  # the CompiledDecode, once there is one
 
 
@@ -3283,7 +3275,6 @@ def generate(
     output = bench.model.generate(prompt, return_dict_in_generate=True, **options)
     synchronize(bench.devices)
     latency_s = time.perf_counter() - begin
-    bench.cache = getattr(output, "past_key_values", None)
     new, first = output.sequences[0, prompt.shape[1] :].tolist(), events[0]
     times = [first.elapsed_time(e) / 1000 if device.type == "cuda" else e - first for e in events[1:]]
     return new, times[: len(new)], latency_s
@@ -3333,33 +3324,10 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
             run = run_once(bench, bench.settings.seed + i, left + name)
             runs.append(run)
             result.memory["peak of runs" if target is result else "peak of compiled runs"] = peak()
-            target.bytes_per_token = decode_read_bytes(bench, run)
-            target.bandwidth_utilization = utilization(result, runs, target.bytes_per_token)
+            target.bandwidth_utilization = utilization(result, runs)
             save(result)
             tokens, rate = plural(run.generated_tokens, "token"), format_3g(run.decode_tokens_per_s)
             log(f"{name}: {tokens}, {rate} tokens/s, {run.latency_s:.1f} s")
-
-
-def decode_read_bytes(bench: Bench, run: Run) -> int | None:
-    """Bytes that a decode step of a run must read on average, weights and cache; None where that is unknown.
-
-    Keys and values that grow with the context are read in proportion; sliding windows and states whole.
-    """
-    prompt, new, cached = run.prompt_tokens, run.generated_tokens, 0.0
-    filled, read = prompt + new - 1, prompt + new / 2
-    if bench.compiled:  # a static cache, longer than what is filled
-        filled = bench.cache.layers[0].keys.shape[-2]
-        if bench.compiled.way == STATIC_CACHE:
-            read = filled
-        elif bench.prompt.device.type == "cpu":
-            read = mean_window(prompt, new)
-    for layer in getattr(bench.cache, "layers", ()):
-        held = torch.utils._pytree.tree_leaves(vars(layer))
-        size = stored_bytes(t for t in held if isinstance(t, torch.Tensor) and t.dim() > 1)
-        keys = getattr(layer, "keys", None)
-        grows = isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.shape[-2] == filled
-        cached += size * read / filled if grows else size
-    return int(bench.decode_weight_bytes + cached) if bench.decode_weight_bytes and cached else None
 
 
 def measure_prefill(bench: Bench, result: Result) -> None:
@@ -3527,7 +3495,7 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
             result.memory |= {"after load": snapshot(bench.devices, bench.handles), "peak of load": peak()}
         for name, value in weight_stats(bench.model, bench.devices).items():
             setattr(result, name, value)
-        bench.decode_weight_bytes = decode_weight_bytes(bench.model)
+        result.bytes_per_token = decode_weight_bytes(bench.model)
         save(result)
     with step("running the model"):
         bench.prompt = bench.prompt.to(bench.model.get_input_embeddings().weight.device)

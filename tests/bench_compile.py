@@ -74,12 +74,11 @@ def torchao(s: q.Settings, pipe: Any, device: str = "cuda:0") -> None:
     bench = q.Bench(s, [device], model=model.eval(), tokenizer=tokenizer, prompt=prompt)
     bench.new_tokens = s.compare_tokens
     bench.compiled = q.CompiledDecode(q.STATIC_CACHE, 0, {"cache_implementation": "static"})
-    bench.decode_weight_bytes = q.decode_weight_bytes(model)
     q.run_once(bench, 0, "compiling")
     q.warmup_runs(bench)
     runs = [q.run_once(bench, i, "run") for i in range(s.runs)]
     rates = [run.decode_tokens_per_s for run in runs]
-    share = q.decode_read_bytes(bench, runs[-1]) * statistics.median(rates) / bandwidth
+    share = q.decode_weight_bytes(model) * statistics.median(rates) / bandwidth
     pipe.send((statistics.median(rates), min(rates), max(rates), share, q.graphs_compiled()))
 
 

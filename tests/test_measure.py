@@ -170,13 +170,16 @@ def test_prefill_is_512_tokens_a_median_and_a_single_one_on_a_slow_machine(time)
 
 
 def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time():
-    r = q.Result(settings(), memory_bytes_per_s={"cuda:0": 3000.0, "cuda:1": 500.0})
+    r = q.Result(settings(), memory_bytes_per_s={"cuda:0": 3000.0, "cuda:1": 500.0}, bytes_per_token=400)
     r.device_weight_bytes = {"cuda:0": 300, "cuda:1": 100}
-    assert q.utilization(r, [run_of(2.0)], 400) == pytest.approx((0.1 + 0.2) * 2)
-    assert q.utilization(r, [run_of(2.0)], 800) == pytest.approx((0.2 + 0.4) * 2)  # the cache, too, is spread
-    assert q.utilization(r, [run_of(2.0)], None) is None
+    assert q.utilization(r, [run_of(2.0)]) == pytest.approx((0.1 + 0.2) * 2)
+    r.bytes_per_token = 200  # half of them: an untied input embedding
+    assert q.utilization(r, [run_of(2.0)]) == pytest.approx(0.1 + 0.2)
+    r.bytes_per_token = None
+    assert q.utilization(r, [run_of(2.0)]) is None
+    r.bytes_per_token = 400
     del r.memory_bytes_per_s["cuda:1"]
-    assert q.utilization(r, [run_of(2.0)], 400) is None
+    assert q.utilization(r, [run_of(2.0)]) is None
 
 
 def test_nvml_finds_the_gpu_by_uuid_not_by_number(monkeypatch):

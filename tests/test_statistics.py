@@ -114,10 +114,11 @@ def test_peak_is_of_tensors_or_of_the_process():
 
 def test_utilization_of_devices_that_work_one_after_the_other():
     held, speeds = {"cuda:0": 30, "cuda:1": 10}, {"cuda:0": 1000.0, "cuda:1": 500.0}
-    r = result(device_weight_bytes=held, memory_bytes_per_s=speeds)
-    assert q.utilization(r, runs(10, 10), 40) == pytest.approx(10 * (30 / 1000 + 10 / 500))
-    assert q.utilization(r, runs(10, 10), None) is None and q.utilization(r, [run(tokens=1)], 40) is None
-    assert q.utilization(replace(r, memory_bytes_per_s={"cuda:0": 1000.0}), runs(10), 40) is None
+    r = result(device_weight_bytes=held, memory_bytes_per_s=speeds, bytes_per_token=40)
+    assert q.utilization(r, runs(10, 10)) == pytest.approx(10 * (30 / 1000 + 10 / 500))
+    assert q.utilization(r, [run(tokens=1)]) is None
+    assert q.utilization(replace(r, bytes_per_token=None), runs(10, 10)) is None
+    assert q.utilization(replace(r, memory_bytes_per_s={"cuda:0": 1000.0}), runs(10)) is None
 
 
 @pytest.mark.parametrize(
