@@ -58,14 +58,6 @@ def test_welch_against_a_published_example():
     assert center / (half / 2.262) == pytest.approx(-1.57, abs=0.005)  # 2.262: Student's t of 9 whole degrees
 
 
-def test_paired_interval_by_hand():
-    """Logs of the ratios are 0.1, 0.2 and 0.3: mean 0.2, s.d. 0.1, t of 2 degrees 4.303."""
-    found = q.paired_interval([math.exp(0.1), math.exp(0.2), math.exp(0.3)], [1.0, 1.0, 1.0])
-    half = 4.303 * 0.1 / math.sqrt(3)
-    assert [math.log(x) for x in found] == pytest.approx([0.2, 0.2 - half, 0.2 + half])
-    assert q.paired_interval([1.0], [1.0]) is None
-
-
 def test_deviation_only_over_the_positions_that_all_runs_reached():
     long = run(inter_token_s=[0.1] * 39 + [9.0] * 5)
     assert q.rates_over_shared_prefix([run(10), long], [run(20)]) == [
@@ -165,12 +157,8 @@ def test_expectations_are_judged_at_their_limits():
     assert verdicts(base, result("int8", (18, 18.2)))[SPEED] == "too close to call"
     slow = verdicts(base, result("int8", (10, 10), stored=GIB + 1))
     assert slow == {MEMORY: "not met", SPEED: "not met"}
-    tried = {"met": [1.0, 1.01, 1.0], "too close to call": [1.0, 1.3, 1.2], "not met": [1.25, 1.24, 1.25]}
-    for said, wrapped in tried.items():
-        pairs = q.TorchCompile(1, 32, wrapped, [1.25, 1.25, 1.25])
-        assert verdicts(result("int8", torch_compile=pairs))[COMPILE] == said
-    one = q.TorchCompile(1, 32, [1.0], [1.25])
-    assert verdicts(result("int8", torch_compile=one))[COMPILE] == "too close to call"
+    for graphs, said in ((0, "not met"), (3, "unknown")):  # compiled some day: then it wants to be timed
+        assert verdicts(result("int8", torch_compile_graphs=graphs))[COMPILE] == said
 
 
 def test_a_row_stands_where_its_precisions_were_measured():
@@ -238,12 +226,7 @@ def test_every_judgement_can_be_recomputed_from_the_file():
         assert (said["answers very close", name] == "met") == (
             kl["kl_divergence"] + 1.96 * kl["kl_standard_error"] < 0.05
         )
-    tried = int8["torch_compile"]
-    gains = [
-        math.log(bare / wrapped) for bare, wrapped in zip(tried["bare_s"], tried["wrapped_s"], strict=True)
-    ]
-    assert math.exp(statistics.fmean(gains) + 4.303 * statistics.stdev(gains) / math.sqrt(3)) < 1.2
-    assert said[COMPILE] == "not met" and len(said) == 7
+    assert (said[COMPILE] == "not met") == (int8["torch_compile_graphs"] == 0) and len(said) == 7
 
     kept = [
         n
