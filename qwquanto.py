@@ -158,32 +158,89 @@ class Failure(Exception):
 # -------------------------------------------------------------------------------------------------- settings
 
 
+def rule(holds: Callable[[Any], Any], allowed: str) -> dict[str, Any]:
+    """The metadata of a field of Settings: whether a value is possible, and what is, in words."""
+    return {"holds": holds, "allowed": allowed}
+
+
+def is_writable(path: str) -> bool:
+    """Whether a file can be written at this path; leaves none behind."""
+    try:
+        target = Path(path).resolve()
+        tempfile.TemporaryFile(dir=target.parent).close()
+        return not target.exists() or (target.is_file() and os.access(target, os.W_OK))
+    except OSError:
+        return False
+
+
+def is_model(name: str) -> bool:
+    """Whether this is a folder with a model, or can be a model's id on the Hub."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return (folder / "config.json").is_file()
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
+
+
+def at_least(least: int) -> dict[str, Any]:
+    return rule(lambda v: type(v) is int and v >= least, f"a whole number from {least} on")
+
+
+def above_zero(hint: str = "") -> dict[str, Any]:
+    return rule(lambda v: type(v) is not bool and 0 < v < math.inf, "a number above 0" + hint)
+
+
+YES_OR_NO = rule(lambda v: type(v) is bool, "True or False")
+DTYPES = ("auto", *SHORT_DTYPES)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """A snapshot of the constants: one field each, in lower case."""
+    """A snapshot of the constants: one field each, in lower case, with its rule for `check`."""
 
-    model_name: str
-    weights: str | None
-    compare: list[str]
-    device: str
-    dtype: str
-    compile: bool
-    quanto_kernels: bool
-    random_weights: bool
-    question: str
-    chat: bool
-    runs: int
-    warmup_runs: int
-    max_length: int
-    max_seconds: float
-    compare_tokens: int
-    quality_tokens: int
-    temperature: float
-    do_sample: bool
-    seed: int
-    trust_remote_code: bool
-    results: str | None
-    report: str | None
+    model_name: str = field(
+        metadata=rule(is_model, "a Hub id like Qwen/Qwen2.5-3B or a folder with a config.json")
+    )
+    weights: str | None = field(
+        metadata=rule(
+            lambda v: (v or "none") in PRECISIONS, f"one of {', '.join(PRECISIONS)} (none: as stored)"
+        )
+    )
+    compare: list[str] = field(
+        metadata=rule(
+            lambda v: len({p or "none" for p in v} & set(PRECISIONS)) == len(v),
+            f'some of {", ".join(PRECISIONS)}, each once (--compare none int8; COMPARE = ("none", "int8"))',
+        )
+    )
+    device: str = field(
+        metadata=rule(
+            lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cuda, cuda:N, mps or cpu"
+        )
+    )
+    dtype: str = field(metadata=rule(lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"))
+    compile: bool = field(metadata=YES_OR_NO)
+    quanto_kernels: bool = field(metadata=YES_OR_NO)
+    random_weights: bool = field(metadata=YES_OR_NO)
+    question: str = field(metadata=rule(lambda v: type(v) is str and v.strip(), "some text"))
+    chat: bool = field(metadata=YES_OR_NO)
+    runs: int = field(metadata=at_least(1))
+    warmup_runs: int = field(metadata=at_least(0))
+    max_length: int = field(metadata=at_least(2))
+    max_seconds: float = field(metadata=above_zero())
+    compare_tokens: int = field(metadata=at_least(2))
+    quality_tokens: int = field(metadata=at_least(0))
+    temperature: float = field(metadata=above_zero(" (for greedy decoding set DO_SAMPLE to False)"))
+    do_sample: bool = field(metadata=YES_OR_NO)
+    seed: int = field(metadata=at_least(0))
+    trust_remote_code: bool = field(metadata=YES_OR_NO)
+    results: str | None = field(
+        metadata=rule(lambda v: v in (None, "-") or is_writable(v), "a file that can be written, or -")
+    )
+    report: str | None = field(
+        metadata=rule(
+            lambda v: v is None or (v.endswith((".svg", ".html")) and is_writable(v)),
+            "a file that can be written, and ends in .svg or .html",
+        )
+    )
 
 
 def convert(text: str, kind: str) -> Any:
@@ -236,71 +293,17 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     return Settings(**values), args
 
 
-def is_writable(path: str) -> bool:
-    """Whether a file can be written at this path; leaves none behind."""
-    try:
-        target = Path(path).resolve()
-        tempfile.TemporaryFile(dir=target.parent).close()
-        return not target.exists() or (target.is_file() and os.access(target, os.W_OK))
-    except OSError:
-        return False
-
-
-def is_model(name: str) -> bool:
-    """Whether this is a folder with a model, or can be a model's id on the Hub."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return (folder / "config.json").is_file()
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
-
-
-def at_least(least: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda v: type(v) is int and v >= least, f"a whole number from {least} on"
-
-
-ONE_OF = f"one of {', '.join(PRECISIONS)} (none: as stored)"
-POSITIVE = (lambda v: type(v) is not bool and 0 < v < math.inf, "a number above 0")
-YES_OR_NO = (lambda v: type(v) is bool, "True or False")
-DTYPES = ("auto", *SHORT_DTYPES)
-RULES = {  # constant -> does it hold, and what is allowed
-    "MODEL_NAME": (is_model, "a Hub id like Qwen/Qwen2.5-3B or a folder with a config.json"),
-    "WEIGHTS": (lambda v: (v or "none") in PRECISIONS, ONE_OF),
-    "COMPARE": (
-        lambda v: len({p or "none" for p in v} & set(PRECISIONS)) == len(v),
-        f'some of {", ".join(PRECISIONS)}, each once (--compare none int8; COMPARE = ("none", "int8"))',
-    ),
-    "DEVICE": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cuda, cuda:N, mps or cpu"),
-    "DTYPE": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
-    **dict.fromkeys(("COMPILE", "QUANTO_KERNELS", "RANDOM_WEIGHTS", "CHAT", "DO_SAMPLE"), YES_OR_NO),
-    "QUESTION": (lambda v: type(v) is str and v.strip(), "some text"),
-    "RUNS": at_least(1),
-    "WARMUP_RUNS": at_least(0),
-    "MAX_LENGTH": at_least(2),
-    "MAX_SECONDS": POSITIVE,
-    "COMPARE_TOKENS": at_least(2),
-    "QUALITY_TOKENS": at_least(0),
-    "TEMPERATURE": (POSITIVE[0], "a number above 0 (for greedy decoding set DO_SAMPLE to False)"),
-    "SEED": at_least(0),
-    "TRUST_REMOTE_CODE": YES_OR_NO,
-    "RESULTS": (lambda v: v in (None, "-") or is_writable(v), "a file that can be written, or -"),
-    "REPORT": (
-        lambda v: v is None or (v.endswith((".svg", ".html")) and is_writable(v)),
-        "a file that can be written, and ends in .svg or .html",
-    ),
-}
-
-
 def check(s: Settings) -> list[str]:
     """Everything that is impossible about the settings, each with what is allowed."""
     problems = []
-    for name, (holds, allowed) in RULES.items():
-        value = getattr(s, name.lower())
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
         try:
-            right = holds(value)
+            right = f.metadata["holds"](value)
         except (TypeError, AttributeError, RuntimeError):  # a constant edited to another type, ~nobody/model
             right = False
         if not right:
-            problems.append(f"{name} must be {allowed}, not {value!r}")
+            problems.append(f"{f.name.upper()} must be {f.metadata['allowed']}, not {value!r}")
     return problems
 
 
@@ -1656,8 +1659,8 @@ def first_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------- devices
 
 
-# Another kind of device concerns, besides this section: RULES, `memory_of`, `snapshot`, `set_up` (its cache),
-# the clock of `generate`, OUT_OF_MEMORY, INT4_ROWS, and of the compiled step PerChannelLinear,
+# Another kind of device concerns, besides this section: Settings, `memory_of`, `snapshot`, `set_up` (its
+# cache), the clock of `generate`, OUT_OF_MEMORY, INT4_ROWS, and of the compiled step PerChannelLinear,
 # `window_attention` and DecodeStep.
 
 
