@@ -36,8 +36,8 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
     saved            1 - weights / the same model unquantized, in the dtype it is loaded in
     allocated        bytes in torch's tensors; reserved: what its allocator holds; used: whole device (NVML)
-    RSS              physical memory of this process: mapped files and freed heap count too, so it is not the
-                     model
+    RSS              physical memory of this process: mapped files and freed heap, which glibc keeps, count
+                     too, as in a program of yours, so it is not the model
     MBU              memory bandwidth utilization: bytes of weights that decode must read a second over what
                      this device's memory delivers, measured before the model is loaded. A lower bound: the
                      KV cache is read too, little beside the weights until the context is long
@@ -1552,7 +1552,6 @@ if __name__ == "__main__":
 
 import concurrent.futures
 import copy
-import ctypes
 import io
 import platform
 import traceback
@@ -2008,25 +2007,10 @@ def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
 
 
 def load_peak_bytes(weight_bytes: int, largest_linear: int, weights: str | None) -> int:
-    """Bytes that loading takes at most, besides pages of the checkpoint's file, which the system can drop."""
+    """Bytes of tensors that loading holds at most; what glibc keeps of freed ones comes on top on a CPU."""
     # while a layer is quantized, copies in bfloat16, float32 and int8: measured were 10.4 bytes for each of
     # its numbers (int8 and float8) and 8 (int4 and int2) on a CPU, 9.8 (int8) on CUDA
     return weight_bytes + (10 * largest_linear if weights else 0)
-
-
-@contextlib.contextmanager
-def freed_memory_returned() -> Iterator[None]:
-    """Within, what loading frees goes back to the system; glibc would keep 1.3 GB beside int8's 3.4.
-
-    Afterwards glibc's limits are what they grow to in any process that has freed 32 MiB (man 3 mallopt).
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    mallopt = getattr(libc, "mallopt", lambda option, value: 0)
-    mmap_threshold, trim_threshold = -3, -1
-    mallopt(mmap_threshold, 2**20)
-    yield
-    mallopt(mmap_threshold, 2**25)
-    mallopt(trim_threshold, 2**26)
 
 
 @dataclass
@@ -3451,7 +3435,7 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
                     _ = registered.lib
     with step("loading the model", timeout_s=None):
         begin = time.perf_counter()
-        with freed_memory_returned(), peak_memory(bench.devices, bench.handles) as peak:
+        with peak_memory(bench.devices, bench.handles) as peak:
             bench.model = load_model(s, folder, meta_model, bench.devices)
             synchronize(bench.devices)
             result.load_s = time.perf_counter() - begin
