@@ -1557,7 +1557,6 @@ import platform
 import traceback
 import types
 import warnings
-from collections import defaultdict
 from importlib.metadata import version
 
 import huggingface_hub
@@ -2063,15 +2062,15 @@ def reference_file(folder: Path, mode: str) -> Iterator[BinaryIO]:
 
 INT4_ROWS = {"cpu": 16, "cuda": 8}  # TinyGemm, the 4-bit kernel, wants a number of rows divisible by this
 DEFECTS = {  # what was mended -> what Quanto as shipped does; "{}" layers
-    "int8 shape": "'s int8 can crash or answer wrongly on a CPU: {} layers have no multiple of 16 inputs",
+    "int8 shape": "'s int8 can crash or answer wrongly on a CPU: some layers have no multiple of 16 inputs",
     "strides": "'s kernel stops or crashes: it does not take activations as they lie in this model",
     "int4 shape": "'s int4 cannot be loaded here: its kernel does not take the output size of {} layers",
-    "zeros": "'s float8 answers NaN: {} layers have a row of zeros",
+    "zeros": "'s float8 answers NaN: some layers have a row of zeros",
     "extension": " compiles a C++ extension before the first answer",
     "bias": "'s float8 compiles a CUDA extension, which then leaves out the bias of up to {} layers",
     "routers": " makes plain linear layers of {} layers that do more",
 }
-MENDED: dict[str, set[int]] = defaultdict(set)  # one of DEFECTS -> addresses, one for each layer
+MENDED: set[str] = set()  # those of DEFECTS that were met so far
 
 
 def mend_quanto(leave_kernels: bool = False) -> None:
@@ -2105,13 +2104,13 @@ def mend_quanto(leave_kernels: bool = False) -> None:
 
     def multiply_contiguous(ctx, x, weight, bias):
         if not x.is_contiguous():
-            MENDED["strides"].add(0)
+            MENDED.add("strides")
         return multiply(ctx, x.contiguous(), weight, bias)
 
     def scale_above_zero(self, base, qtype, axis=None):
         scale = find_scale(self, base, qtype, axis)
         if qtype.is_floating_point and (scale == 0).any():
-            MENDED["zeros"].add(scale.data_ptr())
+            MENDED.add("zeros")
         return scale.masked_fill_(scale == 0, 1)
 
     WeightQBitsTensor.create = staticmethod(create_if_it_fits)
@@ -2131,10 +2130,10 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
     remainder, by loads that want multiples of 32 bytes as addresses: elsewhere it crashes or answers garbage.
     """
     if x.shape[-1] % 16:
-        MENDED["int8 shape"].add(weight.data_ptr())
+        MENDED.add("int8 shape")
         return qbytes_mm.qbytes_mm(x, weight, scale)
     if not x.is_contiguous() or x.data_ptr() % 32:
-        MENDED["strides"].add(0)
+        MENDED.add("strides")
         x = x.clone(memory_format=torch.contiguous_format)
     return qbytes_mm.shipped(x, weight, scale)
 
@@ -2164,8 +2163,11 @@ def modules_to_skip(model: Any) -> list[str]:
 
 
 def quanto_defects(model: Any) -> list[str]:
-    """Sentences of the report about a quantized model that has run: "as shipped, Quanto …"."""
-    layers = Counter({name: len(addresses) for name, addresses in MENDED.items()})
+    """Sentences of the report about a quantized model that has run: "as shipped, Quanto …".
+
+    The number of layers stands where the model tells it.
+    """
+    layers = Counter(sorted(MENDED))  # that these were met, not how often
     layers["routers"] = len(routers(model))
     for module in linear_layers(model):
         weight, (rows, columns) = module.weight.data, module.weight.shape

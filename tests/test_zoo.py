@@ -232,7 +232,7 @@ def test_the_report_hears_what_was_mended(tmp_path):
     zoo.save_model("mamba", tmp_path / "transposed")
     told = {(f, w): compare(tmp_path / f, w)[3] for f in ("odd", "even") for w in ("int8", "int4", "float8")}
     assert told["even", "int8"] == told["even", "float8"] == told["odd", "float8"] == []
-    assert "14 layers have no multiple of 16 inputs" in " ".join(told["odd", "int8"])
+    assert "some layers have no multiple of 16 inputs" in " ".join(told["odd", "int8"])
     assert told["even", "int4"] == []
     assert "compiles a C++ extension" in " ".join(told["odd", "int4"])
     assert "as they lie" in " ".join(compare(tmp_path / "transposed", "int8")[3])
