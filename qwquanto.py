@@ -698,10 +698,6 @@ def comparability_warnings(results: list[Result]) -> list[str]:
     if len(set(placed.values())) > 1:
         each = "; ".join(f"{name} on {devices}" for name, devices in placed.items())
         found.append(f"Measured on different devices ({each}): speeds are not compared.")
-    lengths = {r.label: r.prefill_tokens for r in results if r.prefill_tokens}
-    if len(set(lengths.values())) > 1:
-        each = ", ".join(f"{name} {tokens}" for name, tokens in lengths.items())
-        found.append(f"Prefill had prompts of different length ({each} tokens): do not compare it.")
     for device in dict.fromkeys(device for r in results for device in r.memory_bytes_per_s):
         speeds = [r.memory_bytes_per_s[device] for r in results if device in r.memory_bytes_per_s]
         if max(speeds) > 1.1 * min(speeds):
@@ -839,7 +835,7 @@ def recommended(kept: list[Result], base: Result | None) -> str:
     line += f" of weights ({percent(saving(best))} % saved), decode {format_3g(rate)} tokens/s"
     if base and base is not best and base.devices == best.devices:
         line += f", {format_3g(rate / decode_rate(base.runs))} times {base.label}'s speed"
-        if best.prefill_tokens_per_s and best.prefill_tokens == base.prefill_tokens:
+        if best.prefill_tokens_per_s and base.prefill_tokens_per_s:
             slower = base.prefill_tokens_per_s / best.prefill_tokens_per_s
             link = "but" if rate > decode_rate(base.runs) else "and"
             line += f" ({link} prompts are read {format_3g(slower)} times slower)" if slower > ABOUT else ""
