@@ -2402,34 +2402,6 @@ if triton:
         tl.store(y + row, tl.sum(total, 1) * factor, row < rows)
 
     @triton.jit
-    def groupwise_kernel(
-        x, data, scale, zero, y, rows, groups, chunk,
-        ROWS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-    ):  # fmt: skip
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        row, g, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, GROUPS), tl.arange(0, CHUNK)
-        total = tl.zeros((ROWS, GROUPS, CHUNK), tl.float32)
-        for first in tl.range(0, groups, GROUPS, num_stages=3):
-            group = row.to(tl.int64)[:, None] * groups + (first + g)[None, :]
-            filled = (first + g < groups)[:, None] & (c < chunk)[None, :]
-            inside = (row < rows)[:, None] & (first + g < groups)[None, :]
-            cell = data + group[:, :, None] * chunk + c[None, None, :]
-            packed = tl.load(cell, inside[:, :, None] & filled[None, :, :], 0)
-            dots, values = tl.zeros((ROWS, GROUPS, CHUNK), tl.float32), tl.zeros((GROUPS, CHUNK), tl.float32)
-            for i in tl.static_range(PARTS):
-                place = ((first + g) * PARTS + i)[:, None] * chunk + c[None, :]
-                value = tl.load(x + place, filled, 0.0).to(tl.float32)
-                q = (packed >> (8 // PARTS * i)) & (2 ** (8 // PARTS) - 1)
-                dots += q.to(tl.float32) * value[None, :, :]
-                values += value
-            factor = tl.load(scale + group, inside, 0.0).to(tl.float32)
-            offset = tl.load(zero + group, inside, 0.0).to(tl.float32)
-            total += dots * factor[:, :, None] + values[None, :, :] * offset[:, :, None]
-        tl.store(y + row, tl.sum(tl.sum(total, 2), 1), row < rows)
-
-    @triton.jit
     def split_kv(
         query, key, value, mask, out, top, total, group, size, scaling, stride,
         GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -2494,25 +2466,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Te
     return y
 
 
-@torch.library.custom_op("qwquanto::groupwise_gemv", mutates_args=())
-def groupwise_gemv(
-    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
-) -> torch.Tensor:
-    """A GroupwiseLinear's product for one token on CUDA: x [1, in], data [rows, groups, chunk], y [1, rows].
-
-    With Inductor's own sums int2's step was 40 % slower on an H100, and took twice as long to compile.
-    """
-    (rows, groups, chunk), y = data.shape, x.new_empty(1, len(data))
-    # of 20 forms the fastest on an H100
-    form = {"ROWS": 4, "GROUPS": 8, "CHUNK": triton.next_power_of_2(chunk), "num_warps": 2}
-    form["PARTS"] = x.shape[1] // groups // chunk
-    grid = (triton.cdiv(rows, form["ROWS"]),)
-    groupwise_kernel[grid](x, data, scale, zero, y, rows, groups, chunk, **form, **pdl_options())
-    return y
-
-
-for op in (gemv, groupwise_gemv):
-    op.register_fake(lambda x, data, *_: x.new_empty(*x.shape[:-1], len(data)))
+gemv.register_fake(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
 
 
 @torch.library.custom_op("qwquanto::flash_decode", mutates_args=())
@@ -2623,16 +2577,7 @@ class PerChannelLinear(DequantLinear):
 class GroupwiseLinear(DequantLinear):
     """4 or 2 bits, weight = q * scale + zero a group; data[row, group, i] packs elements i, i + chunk, …"""
 
-    rows: ClassVar = {"data": (0, 1), "scale": (0, 1), "zero": (0, 1)}
-
-    def __init__(self, bias: torch.Tensor | None, **tensors: torch.Tensor) -> None:
-        super().__init__(bias, **tensors)
-        self.gemv = self.data.is_cuda and triton is not None
-        self.merge_key = (self.data.shape[1:], self.scale.dtype) if self.gemv else None
-
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gemv and len(x) == 1:
-            return groupwise_gemv(x.contiguous(), self.data, self.scale, self.zero)
         groups, chunk = self.data.shape[1:]
         parts = x.shape[1] // groups // chunk
         bits = 8 // parts
@@ -2644,7 +2589,7 @@ class GroupwiseLinear(DequantLinear):
         # by their power of two (exact) takes less than shifting each weight. Four rows a loop, as above
         x = x.reshape(groups, parts, chunk).float()
         shifted = [(x[:, i] * 2.0 ** (-bits * i), (2**bits - 1) << (bits * i)) for i in range(parts)]
-        quarters = math.gcd(len(self.data), 4)
+        quarters = math.gcd(len(self.data), 4) if self.data.is_cpu else 1
         dots = []
         for data, scale in zip(self.data.chunk(quarters), self.scale.float().chunk(quarters), strict=True):
             dots.append((sum(x * (data & mask) for x, mask in shifted) * scale[:, :, None]).sum((1, 2)))
@@ -2734,7 +2679,7 @@ class SharedProducts(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         aten, ours, seen = torch.ops.aten, torch.ops.qwquanto, {}
-        products = ours.gemv, ours.groupwise_gemv, aten._weight_int4pack_mm, aten._weight_int8pack_mm
+        products = ours.gemv, aten._weight_int4pack_mm, aten._weight_int8pack_mm
         pure = {op.default for op in (*products, aten.view, aten.reshape)}
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target in pure:
@@ -2744,7 +2689,7 @@ class SharedProducts(CustomGraphPass):
                     graph.erase_node(node)
 
     def uuid(self) -> str:
-        return "qwquanto.SharedProducts 4"  # Inductor's cache on disk goes by it
+        return "qwquanto.SharedProducts 5"  # Inductor's cache on disk goes by it
 
 
 INDUCTOR_OPTIONS = {
