@@ -3370,12 +3370,6 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
 def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> None:
     """Load the model and ready it for its runs; time, memory and weights go into the Result."""
     s = bench.settings
-    if s.quanto_kernels and s.weights:
-        # what Quanto would compile at first use; if a killed build left a `lock` file, the time limit ends it
-        with step("building Quanto's own kernels"):
-            for name, registered in extension._extensions.items():
-                if name in ("quanto_cpp", f"quanto_{bench.devices[0].split(':')[0]}"):
-                    _ = registered.lib
     with step("loading the model", timeout_s=None):
         begin = time.perf_counter()
         with peak_memory(bench.devices, bench.handles) as peak:
