@@ -131,8 +131,9 @@ try:
 except ImportError:
     sys.exit("qwquanto: this Python lacks its packages: pip install -r requirements.txt, or .venv/bin/python")
 
-__version__ = "2.0.0"
-SCHEMA = 1  # of the JSON; raise it when Settings gets another field, or a field another meaning
+__version__ = "3.0.0"
+SCHEMA = 2  # of the JSON; raise it only when a field gets another meaning: a new one has a default
+READERS = {1: "qwquanto 2.0.0"}  # earlier schemas -> the version that reads them
 PRECISIONS = ("none", "int8", "float8", "int4", "int2")  # in the order of running, see `measure_quality`
 # another, which QuantoConfig must know, also concerns `expected_bytes`, `dequant_linear` and `expectations`
 BITS = {"none": 16, "int8": 8, "float8": 8, "int4": 4, "int2": 2}
@@ -193,9 +194,12 @@ YES_OR_NO = rule(lambda v: type(v) is bool, "True or False")
 DTYPES = ("auto", *SHORT_DTYPES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A snapshot of the constants: one field each, in lower case, with its rule for `check`."""
+    """A snapshot of the constants: one field each, in lower case, with its rule for `check`.
+
+    A field that is added from now on has a default, so that older files stay readable.
+    """
 
     model_name: str = field(
         metadata=rule(is_model, "a Hub id like Qwen/Qwen2.5-3B or a folder with a config.json")
@@ -350,7 +354,6 @@ class Compiled:
     graphs: int
     recompilations: int = 0  # within timed runs
     runs: list[Run] = field(default_factory=list)
-    bytes_per_token: int | None = None
     bandwidth_utilization: float | None = None
     quality: Quality | None = None
 
@@ -375,7 +378,9 @@ class Result:
     skipped_layers: int = 0  # linear layers with a forward of their own, which Quanto would replace
     weight_types: dict[str, int] = field(default_factory=dict)  # Quanto's tensor class -> layers
     kernels: dict[str, int] = field(default_factory=dict)  # matrix products of one eager decode step -> calls
-    defects: list[str] = field(default_factory=list)  # of Quanto as shipped, with this model on this machine
+    defects: dict[str, str] = field(
+        default_factory=dict
+    )  # of Quanto as shipped with this model on this machine
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # phase -> name -> bytes, see `snapshot`
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)  # eager
@@ -393,6 +398,7 @@ class Result:
     failure: str | None = None
     unavailable: bool = False  # the failure: this machine lacks something that it needs
     concerns_all: bool = False  # the failure is the model's or the device's, whatever the precision
+    eager_complete: bool = False  # the eager model was measured to its end, so that it can be recommended
     complete: bool = False
 
     @property
@@ -408,13 +414,6 @@ class Result:
     def timed_runs(self) -> list[Run]:
         """The runs that were asked for: the compiled step's under --compile, if there are any."""
         return (self.compiled and self.compiled.runs) or self.runs
-
-    @property
-    def eager_complete(self) -> bool:
-        """Whether the eager model was measured to its end, so that it can be recommended."""
-        s = self.settings
-        judged = self.quality or self.is_reference or not s.quality_tokens or s.random_weights
-        return self.complete or bool(self.prefill_tokens and judged)
 
 
 @dataclass
@@ -444,13 +443,17 @@ NESTED = {"results": Result, "settings": Settings, "warmup": Run, "runs": Run, "
 
 
 def from_plain(kind: type, plain: dict[str, Any]) -> Any:
-    """The dataclass that `asdict` made this of. Raises TypeError or AttributeError for anything else."""
-    for name, value in plain.items():
+    """The dataclass that `asdict` made this of, without fields that a later version wrote.
+
+    Raises TypeError or AttributeError for anything else.
+    """
+    known = {f.name: plain[f.name] for f in dataclasses.fields(kind) if f.name in plain}
+    for name, value in known.items():
         if name in NESTED and isinstance(value, list):
-            plain[name] = [from_plain(NESTED[name], item) for item in value]
+            known[name] = [from_plain(NESTED[name], item) for item in value]
         elif name in NESTED and isinstance(value, dict):
-            plain[name] = from_plain(NESTED[name], value)
-    return kind(**plain)
+            known[name] = from_plain(NESTED[name], value)
+    return kind(**known)
 
 
 def from_json(text: str) -> Benchmark:
@@ -458,9 +461,8 @@ def from_json(text: str) -> Benchmark:
     try:
         plain = json.loads(text)
         if plain["schema"] != SCHEMA:
-            raise Failure(
-                f"has schema {plain['schema']}, this script reads {SCHEMA}: use the script that wrote it"
-            )
+            reader = READERS.get(plain["schema"], "the version that wrote it")
+            raise Failure(f"has schema {plain['schema']}, which {reader} reads; this one reads {SCHEMA}")
         return from_plain(Benchmark, plain)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Failure("holds no results that this version of the script can read") from None
@@ -647,8 +649,8 @@ def warnings_for(r: Result) -> list[str]:
     elif s.weights and r.quantizable_bytes and r.quantizable_bytes < r.unquantized_bytes / 2:
         share = percent(r.quantizable_bytes / r.unquantized_bytes)
         found.append(f"Quanto reaches only {share} % of the weights; the others stay as stored.")
-    if s.quanto_kernels and (lost := [text for text in r.defects if " bias " in text]):
-        found.append(f"RUNS AS SHIPPED: {lost[0].removeprefix('as shipped, ')}.")
+    if s.quanto_kernels and "bias" in r.defects:
+        found.append(f"RUNS AS SHIPPED: {r.defects['bias'].removeprefix('as shipped, ')}.")
     if verdict(r) == "broken":
         found.append(f"BREAKS THIS MODEL (KL {format_3g(q.kl_divergence)} nats): do not use it.")
     if q and q.positions < MIN_POSITIONS:
@@ -1142,7 +1144,7 @@ def kernel_lines(results: list[Result]) -> list[Any]:
             calls = ", ".join(f"{count} {name}" for name, count in r.kernels.items())
             lines.append(escape(f"{r.label}: {calls}"))
         mended = "" if r.settings.quanto_kernels else " (mended here)"
-        lines += [escape(f"{r.label}: {text}{mended}") for text in r.defects]
+        lines += [escape(f"{r.label}: {text}{mended}") for text in r.defects.values()]
     return ["[bold]### Kernels of one eager decode step[/]", "", *lines, ""] if lines else []
 
 
@@ -2158,8 +2160,8 @@ def modules_to_skip(model: Any) -> list[str]:
     return sorted(get_keys_to_not_convert(model)) + [f"{re.escape(name)}$" for name in routers(model)]
 
 
-def quanto_defects(model: Any) -> list[str]:
-    """Sentences of the report about a quantized model that has run: "as shipped, Quanto …".
+def quanto_defects(model: Any) -> dict[str, str]:
+    """Those of DEFECTS that a quantized model met when it ran -> their sentences: "as shipped, Quanto …".
 
     The number of layers stands where the model tells it.
     """
@@ -2174,7 +2176,7 @@ def quanto_defects(model: Any) -> list[str]:
                 layers["int4 shape"] += 1
         elif hasattr(weight, "_qtype") and weight._qtype.is_floating_point and weight.is_cuda:
             layers["bias"] += module.bias is not None and rows % 64 == columns % 64 == 0
-    return [f"as shipped, Quanto{DEFECTS[name].format(count)}" for name, count in layers.items() if count]
+    return {n: f"as shipped, Quanto{DEFECTS[n].format(count)}" for n, count in layers.items() if count}
 
 
 def max_positions(config: transformers.PreTrainedConfig) -> float:
@@ -3427,13 +3429,14 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
             # without a comparison, eager is only the compiled step's baseline: one run
             timed_runs(bench, result, result, 1 if s.compile and not s.compare else s.runs)
             result.kernels = kernels_of_a_step(bench)
-            result.defects = quanto_defects(bench.model) if s.weights else []
+            result.defects = quanto_defects(bench.model) if s.weights else {}
         with step("measuring prefill"):
             measure_prefill(bench, result)
         if reference:
             with step("measuring quality"):
                 result.quality = measure_quality(bench, result, reference)
-                save(result)
+        result.eager_complete = True
+        save(result)
         if s.compile and s.compare and s.weights == "int8":
             with step("trying torch.compile(model) as written", timeout_s=TORCH_COMPILE_S):
                 try_torch_compile(bench, result)

@@ -55,6 +55,7 @@ def result(weights="int8", rates=(10.0, 10.0), kl=None, stored=GIB, compare=(), 
     known |= {"kernels": {"quanto::qbytes_mm": 4, "aten::mm": 1}}
     known |= {"memory": {"before load": {"rss": GIB}, "peak of runs": {"rss": 3 * GIB}}, "runs": runs(*rates)}
     known |= {"memory_bytes_per_s": {"cpu": 2e10}, "bandwidth_utilization": 0.5, "complete": True}
+    known |= {"eager_complete": changes.get("complete", True)}
     known |= {"prefill_tokens": 512, "prefill_tokens_per_s": 500.0, "prefill_rates": [490.0, 500.0, 510.0]}
     known |= {"is_reference": weights == "none", "quality": None if kl is None else quality(kl)}
     return q.Result(**known | changes)
@@ -92,7 +93,8 @@ def compiled_comparison():
 def interrupted():
     """A comparison that Ctrl-C ended within its second precision."""
     first, second = comparison()[:2]
-    second = replace(second, runs=second.runs[:1], quality=None, torch_compile_graphs=None, complete=False)
+    unfinished = {"quality": None, "torch_compile_graphs": None, "eager_complete": False, "complete": False}
+    second = replace(second, runs=second.runs[:1], **unfinished)
     return q.Benchmark([first, second], interrupted=True)
 
 

@@ -183,6 +183,7 @@ def test_where_compiling_fails_the_eager_model_is_judged_and_recommended(script,
     none, int8 = ended.results
     assert not none["complete"] and not int8["complete"] and none["unavailable"] and ended.code == 0
     assert int8["quality"]["kl_divergence"] < 0.05 and int8["prefill_tokens"] == 512
+    assert none["eager_complete"] and int8["eager_complete"]
     assert (
         "Smallest that keeps the answers: int8" in ended.out
         and "unavailable: needs a C++ compiler" in ended.out

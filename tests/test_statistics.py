@@ -277,7 +277,9 @@ def test_only_what_was_measured_to_its_end_is_recommended():
     told = advice(result("none", (20, 20), stored=2 * GIB), result("int8", (10, 10), 0.01), unfinished)
     assert "Fastest: bf16" in told and "Smallest: int8" in told and "keeps the answers: int8" in told
     assert told.endswith("Not measured to the end, so left out here: int2.[/]") and advice(unfinished) == ""
-    uncompiled = replace(unfinished, quality=quality(0.001), failure="needs a C++ compiler")
+    judged = replace(unfinished, quality=quality(0.001), failure="needs a C++ compiler")
+    assert "keeps the answers: int8" in advice(result("int8", (10, 10), 0.01), judged)
+    uncompiled = replace(judged, eager_complete=True)
     assert "keeps the answers: int2" in advice(uncompiled)
     assert q.row_label(uncompiled) == "int2" and "✗" in q.row_label(uncompiled, compiled=True)
 
@@ -355,7 +357,10 @@ def test_instability_and_drift_say_so_themselves():
         ({"runs": runs(10, 10, stop_reason="time"), "compare": ("int8",)}, "runs were ended by MAX_SECONDS"),
         ({"compiled": compiled(10, 10, recompilations=2)}, "2 recompilations"),
         (
-            {"settings": settings(quanto_kernels=True), "defects": ["it leaves out the bias of 3 layers"]},
+            {
+                "settings": settings(quanto_kernels=True),
+                "defects": {"bias": "it leaves out the bias of 3 layers"},
+            },
             "RUNS AS SHIPPED: it leaves out the bias of 3 layers",
         ),
     ],
