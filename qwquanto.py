@@ -635,8 +635,23 @@ def is_float32(r: Result) -> bool:
 # ------------------------------------------------------------------------------------------------- judgements
 
 
+def grave_warnings(r: Result) -> list[str]:
+    """Why a precision's answers, or its figures, are not to be used; printed in red."""
+    s, q, found = r.settings, r.quality, []
+    if s.weights and r.quantized_layers == 0:
+        found.append("NOTHING WAS QUANTIZED: Quanto knows none of the layers; all is as stored.")
+    if s.quanto_kernels and "bias" in r.defects:
+        found.append(f"RUNS AS SHIPPED: {r.defects['bias'].removeprefix('as shipped, ')}.")
+    if verdict(r) == "broken":
+        found.append(f"BREAKS THIS MODEL (KL {format_3g(q.kl_divergence)} nats): do not use it.")
+    own, least = r.compiled and r.compiled.quality, kl_interval(q)[1] if q else 0
+    if own and kl_interval(own)[0] > max(KL_KEPT, least):
+        found.append(f"THE COMPILED STEP ANSWERS OTHERWISE (KL {kl_text(own)}): do not use its speed.")
+    return found
+
+
 def warnings_for(r: Result) -> list[str]:
-    """What a reader must know before trusting a precision's numbers, the worst first."""
+    """What else a reader must know before trusting a precision's numbers, the worst first."""
     s, q, found = r.settings, r.quality, []
     if s.random_weights:
         found.append("Random weights: speed and memory hold, text and quality mean nothing.")
@@ -644,15 +659,9 @@ def warnings_for(r: Result) -> list[str]:
         found.append(
             "32-bit weights: claims on memory and speed concern 16 bit, so none is judged (--dtype bfloat16)."
         )
-    if s.weights and r.quantized_layers == 0:
-        found.append("NOTHING WAS QUANTIZED: Quanto knows none of the layers; all is as stored.")
-    elif s.weights and r.quantizable_bytes and r.quantizable_bytes < r.unquantized_bytes / 2:
+    if s.weights and r.quantized_layers and r.quantizable_bytes < r.unquantized_bytes / 2:
         share = percent(r.quantizable_bytes / r.unquantized_bytes)
         found.append(f"Quanto reaches only {share} % of the weights; the others stay as stored.")
-    if s.quanto_kernels and "bias" in r.defects:
-        found.append(f"RUNS AS SHIPPED: {r.defects['bias'].removeprefix('as shipped, ')}.")
-    if verdict(r) == "broken":
-        found.append(f"BREAKS THIS MODEL (KL {format_3g(q.kl_divergence)} nats): do not use it.")
     if q and q.positions < MIN_POSITIONS:
         found.append(f"Quality rests on {plural(q.positions, 'token')}, fewer than {MIN_POSITIONS}.")
     if r.timed_runs and all((run.stop_reason, run.generated_tokens) == ("eos", 1) for run in r.timed_runs):
@@ -662,9 +671,6 @@ def warnings_for(r: Result) -> list[str]:
         found += instability("compiled", r.compiled.runs, bool(s.compare))
         if r.compiled.recompilations:
             found.append(f"The timed runs include {plural(r.compiled.recompilations, 'recompilation')}.")
-        own, least = r.compiled.quality, kl_interval(q)[1] if q else 0
-        if own and kl_interval(own)[0] > max(KL_KEPT, least):
-            found.append(f"THE COMPILED STEP ANSWERS OTHERWISE (KL {kl_text(own)}): do not use its speed.")
     return found + r.notes
 
 
@@ -975,7 +981,7 @@ def hardware(r: Result) -> list[str]:
 
 def alerts(benchmark: Benchmark) -> list[str]:
     """What failed, and what a reader must know; a warning names its precisions unless it is everyone's."""
-    results, lines, said = benchmark.results, [], {}
+    results, lines, grave, said = benchmark.results, [], {}, {}
     compared = bool(results[0].settings.compare)
     if benchmark.interrupted:
         lines.append("[bold yellow]! Interrupted: this is what had been measured.[/]")
@@ -983,13 +989,14 @@ def alerts(benchmark: Benchmark) -> list[str]:
         if r.failure:
             what = ("unavailable" if r.unavailable else "FAILED") + f": {escape(r.failure)}"
             lines.append(f"[bold red]{f'{r.label} ' * compared}{what}[/]")
+        for text in grave_warnings(r):
+            grave.setdefault(text, []).append(r.label)
         for text in warnings_for(r):
             said.setdefault(text, []).append(r.label)
-    for text, labels in said.items():
-        # the capitals of `warnings_for`
-        style = "red" if re.search(r"BREAKS|NOTHING WAS|AS SHIPPED|OTHERWISE", text) else "yellow"
-        whose = f"{', '.join(labels)}: " if len(labels) < len(results) else ""
-        lines.append(f"[bold {style}]! {whose}{escape(text)}[/]")
+    for style, told in (("red", grave), ("yellow", said)):
+        for text, labels in told.items():
+            whose = f"{', '.join(labels)}: " if len(labels) < len(results) else ""
+            lines.append(f"[bold {style}]! {whose}{escape(text)}[/]")
     if compared:
         lines += [f"[bold yellow]! {escape(text)}[/]" for text in comparability_warnings(results)]
     return lines
@@ -2311,12 +2318,14 @@ def decode_weight_bytes(model: Any) -> int | None:
 
 # of CUDA and MPS, of the CPU on Linux and on Windows, of cuBLAS
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-KNOWN_ERRORS = {  # what an error's text says -> what the user is told
+MACHINE_LACKS = {  # what an error's text says -> what the user is told: not a failure of the model
     "No working C++ compiler": "needs a C++ compiler (apt install g++; Windows: Visual Studio Build Tools)",
     "Failed to find C compiler": "needs a C compiler (Linux: apt install gcc)",
     "Python.h": "needs Python's headers (apt install python3-dev)",
     "working triton": "needs a working Triton (pip install triton; on Windows triton-windows)",
     "No module named 'triton'": "needs Triton (pip install triton; on Windows triton-windows)",
+}
+KNOWN_ERRORS = {  # the same for failures
     "recognize this architecture": "this transformers does not know the model's architecture: upgrade it",
     "trust_remote_code": "the model runs code of its repository: read it, then add --trust-remote-code",
     # transformers integrations/quanto.py:42 takes one tensor a layer
@@ -2333,9 +2342,9 @@ def describe_error(error: Exception, advice: str) -> tuple[str, bool]:
         return text, False
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
         return f"out of memory while {doing}: {advice}", False
-    for sign, told in KNOWN_ERRORS.items():
+    for sign, told in (MACHINE_LACKS | KNOWN_ERRORS).items():
         if sign.lower() in text.lower():
-            return told, told.startswith("needs")
+            return told, sign in MACHINE_LACKS
     told = f"{type(error).__name__} while {doing}: {first_line(error)} (--debug shows more)"
     return told, isinstance(error, NotImplementedError)  # no such operation on MPS
 

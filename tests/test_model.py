@@ -128,7 +128,7 @@ def test_gpt2_has_nothing_to_quantize_and_the_report_says_so(tmp_path):
     GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
     stats = q.weight_stats(load(tmp_path, "int8"), ["cpu"])
     assert stats["quantized_layers"] == 0 and stats["weight_bytes"] == stats["unquantized_bytes"]
-    assert "NOTHING WAS QUANTIZED" in " ".join(q.warnings_for(q.Result(settings(), **stats)))
+    assert "NOTHING WAS QUANTIZED" in " ".join(q.grave_warnings(q.Result(settings(), **stats)))
 
 
 def test_sharded_and_damaged_checkpoints(tmp_path):

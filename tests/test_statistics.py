@@ -350,19 +350,10 @@ def test_instability_and_drift_say_so_themselves():
     ("changes", "warning"),
     [
         ({"quantizable_bytes": GIB // 4}, "only 12.5 % of the weights"),
-        ({"quantized_layers": 0}, "NOTHING WAS QUANTIZED"),
-        ({"quality": quality(4.2)}, "BREAKS THIS MODEL (KL 4.20 nats)"),
         ({"quality": quality(0.001, positions=15)}, "Quality rests on 15 tokens, fewer than 100"),
         ({"runs": [run(tokens=1, stop_reason="eos")] * 2}, "Every answer ended at its first token"),
         ({"runs": runs(10, 10, stop_reason="time"), "compare": ("int8",)}, "runs were ended by MAX_SECONDS"),
         ({"compiled": compiled(10, 10, recompilations=2)}, "2 recompilations"),
-        (
-            {
-                "settings": settings(quanto_kernels=True),
-                "defects": {"bias": "it leaves out the bias of 3 layers"},
-            },
-            "RUNS AS SHIPPED: it leaves out the bias of 3 layers",
-        ),
     ],
 )
 def test_what_a_reader_must_know_is_said(changes, warning):
@@ -370,10 +361,32 @@ def test_what_a_reader_must_know_is_said(changes, warning):
     assert q.warnings_for(result("int8", kl=0.001)) == []
 
 
+LOST = {"bias": "as shipped, it leaves out the bias of 3 layers"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"quantized_layers": 0}, "NOTHING WAS QUANTIZED"),
+        ({"quality": quality(4.2)}, "BREAKS THIS MODEL (KL 4.20 nats)"),
+        (
+            {"settings": settings(quanto_kernels=True), "defects": LOST},
+            "RUNS AS SHIPPED: it leaves out the bias of 3 layers.",
+        ),
+    ],
+)
+def test_what_forbids_a_precision_is_said_first_and_in_red(changes, warning):
+    made = result("int8", notes=["a note"], **changes)
+    assert any(warning in line for line in q.grave_warnings(made))
+    red, yellow = q.alerts(q.Benchmark([made]))
+    assert red.startswith("[bold red]! ") and warning in red and yellow == "[bold yellow]! a note[/]"
+    assert q.grave_warnings(result("int8", kl=0.001, defects=LOST)) == []
+
+
 def test_a_compiled_step_that_answers_otherwise_is_said():
     def told(eager, kl, error=0.001):
         made = result("int8", quality=eager, compiled=compiled(20, 20, quality=quality(kl, error)))
-        return any("COMPILED STEP ANSWERS OTHERWISE" in line for line in q.warnings_for(made))
+        return any("COMPILED STEP ANSWERS OTHERWISE" in line for line in q.grave_warnings(made))
 
     assert told(quality(0.004), 0.3) and told(None, 0.06)  # None: the reference itself
     assert not told(quality(0.004), 0.03) and not told(None, 0.04)
