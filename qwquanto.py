@@ -1555,7 +1555,6 @@ if __name__ == "__main__":
     JOBS: queue.Queue = queue.Queue()
     threading.Thread(target=listen_to_parent, args=(JOBS,), daemon=True).start()
 
-import concurrent.futures
 import copy
 import io
 import platform
@@ -1856,14 +1855,31 @@ def stored_bytes(tensors: Iterable) -> int:
 SMALL_FILES = r"[^/]+\.(json|txt|model|tiktoken|jinja|py|spm|vocab|bpe)"  # that from_pretrained reads
 
 
-class ByteCounter(tqdm):
-    """Draws nothing. huggingface_hub has a bar for bytes received, one for bytes written, one for files."""
+def progress_bars(title: str, total: int, plain_lines: bool) -> type[tqdm]:
+    """Bars for huggingface_hub that draw nothing and tell the program how much of `total` bytes is here.
 
-    bars: ClassVar[list[ByteCounter]] = []
+    It has one for bytes received, one for bytes written and one for files: the one ahead is told. They are
+    called from threads, `display` under tqdm's lock. A total of 0 keeps them silent.
+    """
+    form, pause_s = "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left", 30 if plain_lines else 0.3
+    begin = told_at = time.monotonic()
+    told = 0
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"file": io.StringIO(), "disable": False})
-        self.bars.append(self)
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            every_update = {"mininterval": 0, "miniters": 1}
+            super().__init__(*args, **options | every_update | {"file": io.StringIO(), "disable": False})
+
+        def display(self, *_: Any, **__: Any) -> None:
+            nonlocal told, told_at
+            now, here = time.monotonic(), min(total, self.n)
+            if self.unit != "B" or here <= told or now - told_at < pause_s:
+                return
+            told, told_at = here, now
+            meter = tqdm.format_meter(told, total, now - begin, unit="B", unit_scale=True, bar_format=form)
+            log(f"{title}: {meter}") if plain_lines else status(f"{title}: {meter}", told / total)
+
+    return Bar
 
 
 def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> str | None:
@@ -1901,32 +1917,23 @@ def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> 
 
 def download_files(model_name: str, with_weights: bool, plain_lines: bool) -> str:
     """The latest snapshot's folder; says how far it is. Raises Failure, or what huggingface_hub raises."""
-    info = huggingface_hub.HfApi().model_info(model_name, files_metadata=True, timeout=10)
-    size_of = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    get = functools.partial(huggingface_hub.snapshot_download, model_name, tqdm_class=ByteCounter)
-    folder = get(allow_patterns=[name for name in size_of if re.fullmatch(SMALL_FILES, name)])
+    info = huggingface_hub.HfApi().model_info(model_name, timeout=10)
+    title = f"getting {model_name}"
+    files = [file.rfilename for file in info.siblings or ()]
+    get = functools.partial(huggingface_hub.snapshot_download, model_name)
+    silent = progress_bars(title, 0, plain_lines)
+    small = [name for name in files if re.fullmatch(SMALL_FILES, name)]
+    folder = get(allow_patterns=small, tqdm_class=silent)
     if not with_weights:
         return folder
-    if not (names := weight_names(folder, size_of)):
+    if not (names := weight_names(folder, files)):
         raise Failure(f"{model_name} holds no weights for transformers: of GGUF or PEFT, take the base model")
-    missing = [name for name in names if not Path(folder, name).exists()]
-    if not missing:
-        return folder
-    total = max(1, sum(size_of[name] for name in missing))
-    log(f"getting {model_name}: {tqdm.format_sizeof(total)}B of weights")
-    ByteCounter.bars.clear()
-    begin, form = time.monotonic(), "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        download = pool.submit(get, allow_patterns=missing)
-        while not concurrent.futures.wait([download], 30 if plain_lines else 0.3).done:
-            counted, seconds = [b.n for b in ByteCounter.bars if b.unit == "B"], time.monotonic() - begin
-            done = min(total, max(counted, default=0))
-            meter = tqdm.format_meter(done, total, seconds, unit="B", unit_scale=True, bar_format=form)
-            if plain_lines:
-                log(f"getting {model_name}: {meter}")
-            else:
-                status(f"getting {model_name}: {meter}", done / total)
-        return download.result()
+    # not all that this commit's folder lacks: files that did not change are cached with an earlier one
+    planned = get(allow_patterns=names, tqdm_class=silent, dry_run=True)
+    total = sum(file.file_size or 0 for file in planned if file.will_download)
+    if total:
+        log(f"{title}: {tqdm.format_sizeof(total)}B of weights")
+    return get(allow_patterns=names, tqdm_class=progress_bars(title, total, plain_lines))
 
 
 def weight_names(folder: str, files: Iterable[str]) -> list[str]:
