@@ -548,7 +548,8 @@ def ratio_interval(runs: list[Run], base: list[Run], distortion: float = 1.0) ->
     if min(map(len, logs)) < 2:
         return None
     errors = [statistics.variance(group) / len(group) for group in logs]
-    center, error = statistics.fmean(logs[0]) - statistics.fmean(logs[1]), sum(errors)
+    center = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
+    error = sum(errors)
     freedom = error**2 / sum(e**2 / (len(g) - 1) for e, g in zip(errors, logs, strict=True)) if error else 1
     half = student_t(freedom) * math.sqrt(error)
     return math.exp(center - half) * min(1, 1 / distortion), math.exp(center + half) * max(1, 1 / distortion)
@@ -594,7 +595,8 @@ def verdict(r: Result) -> str:
 
 def utilization(r: Result, runs: list[Run]) -> float | None:
     """MBU. Several devices work one after the other, so the memory's time is the sum of each one's."""
-    rate, held = decode_rate(runs), r.device_weight_bytes
+    rate = decode_rate(runs)
+    held = r.device_weight_bytes
     if rate is None or r.bytes_per_token is None or not held or not set(held) <= set(r.memory_bytes_per_s):
         return None
     total = sum(held.values())
@@ -637,14 +639,16 @@ def is_float32(r: Result) -> bool:
 
 def grave_warnings(r: Result) -> list[str]:
     """Why a precision's answers, or its figures, are not to be used; printed in red."""
-    s, q, found = r.settings, r.quality, []
+    s, q = r.settings, r.quality
+    found = []
     if s.weights and r.quantized_layers == 0:
         found.append("NOTHING WAS QUANTIZED: Quanto knows none of the layers; all is as stored.")
     if s.quanto_kernels and "bias" in r.defects:
         found.append(f"RUNS AS SHIPPED: {r.defects['bias'].removeprefix('as shipped, ')}.")
     if verdict(r) == "broken":
         found.append(f"BREAKS THIS MODEL (KL {format_3g(q.kl_divergence)} nats): do not use it.")
-    own, least = r.compiled and r.compiled.quality, kl_interval(q)[1] if q else 0
+    own = r.compiled and r.compiled.quality
+    least = kl_interval(q)[1] if q else 0
     if own and kl_interval(own)[0] > max(KL_KEPT, least):
         found.append(f"THE COMPILED STEP ANSWERS OTHERWISE (KL {kl_text(own)}): do not use its speed.")
     return found
@@ -652,7 +656,8 @@ def grave_warnings(r: Result) -> list[str]:
 
 def warnings_for(r: Result) -> list[str]:
     """What else a reader must know before trusting a precision's numbers, the worst first."""
-    s, q, found = r.settings, r.quality, []
+    s, q = r.settings, r.quality
+    found = []
     if s.random_weights:
         found.append("Random weights: speed and memory hold, text and quality mean nothing.")
     if s.weights and is_float32(r):
@@ -766,7 +771,8 @@ def expectations(results: list[Result]) -> list[Expectation]:
 
 def expected_memory(int8: Result, base: Result | None) -> Expectation:
     """Judged by the stored weights, which are exact; memory in use stands beside them."""
-    (used, kind), (before, base_kind) = peak_bytes(int8), peak_bytes(base) if base else (None, "")
+    used, kind = peak_bytes(int8)
+    before, base_kind = peak_bytes(base) if base else (None, "")
     measured = f"{percent(saving(int8))} % of the stored weights"
     if used:
         measured += f"; peak of {kind} {gib(used)} GiB"
@@ -780,7 +786,8 @@ def expected_memory(int8: Result, base: Result | None) -> Expectation:
 
 def expected_torch_compile(r: Result) -> Expectation:
     """Not timed: where torch captured no graph, what ran was the model as it is."""
-    claim, graphs = "model = torch.compile(model): 20-30 % faster", r.torch_compile_graphs
+    claim = "model = torch.compile(model): 20-30 % faster"
+    graphs = r.torch_compile_graphs
     if graphs:
         return Expectation(claim, r.label, f"{plural(graphs, 'graph')} compiled, not timed", "unknown")
     why = "torch.compile: generate() runs the module inside the wrapper, so nothing is compiled"
@@ -928,7 +935,9 @@ def table(title: str, columns: Iterable[str], rows: list[list[str]], left: int =
 
 def bars(values: list[float | None], texts: list[str], best: float | None = None) -> list[str]:
     """Each text behind a bar of its figure's size; that of the best figure is green."""
-    largest, width, cells = max((v for v in values if v), default=0), max(map(len, texts), default=0), []
+    largest = max((v for v in values if v), default=0)
+    width = max(map(len, texts), default=0)
+    cells = []
     for value, text in zip(values, texts, strict=True):
         length = max(1, round(4 * value / largest)) if value else 0
         style = "green" if value and value == best else "cyan"
@@ -938,8 +947,10 @@ def bars(values: list[float | None], texts: list[str], best: float | None = None
 
 def report(benchmark: Benchmark) -> list[Any]:
     """The whole report of what was measured, a single precision or a comparison."""
-    results, first = benchmark.results, benchmark.described
-    compared, compiled = bool(first.settings.compare), any(r.compiled for r in results)
+    results = benchmark.results
+    first = benchmark.described
+    compared = bool(first.settings.compare)
+    compiled = any(r.compiled for r in results)
     parts = [heading(first), *(recommendation(results) if compared else single_headline(first)), ""]
     for block in (hardware(first), alerts(benchmark)):
         parts += [*block, ""] if block else []
@@ -952,7 +963,8 @@ def report(benchmark: Benchmark) -> list[Any]:
 
 
 def heading(r: Result) -> str:
-    s, size = r.settings, f", {format_3g(r.parameters, 1e9)} B parameters" if r.parameters else ""
+    s = r.settings
+    size = f", {format_3g(r.parameters, 1e9)} B parameters" if r.parameters else ""
     form = ("comparison" if s.compare else r.label) + (", eager and compiled" if s.compile else "")
     place = f", on {', '.join(r.devices)}" if r.devices else ""
     return f"[bold]# {escape(s.model_name)}: {form}[/]{size}{place}"
@@ -981,7 +993,9 @@ def hardware(r: Result) -> list[str]:
 
 def alerts(benchmark: Benchmark) -> list[str]:
     """What failed, and what a reader must know; a warning names its precisions unless it is everyone's."""
-    results, lines, grave, said = benchmark.results, [], {}, {}
+    results = benchmark.results
+    lines = []
+    grave, said = {}, {}
     compared = bool(results[0].settings.compare)
     if benchmark.interrupted:
         lines.append("[bold yellow]! Interrupted: this is what had been measured.[/]")
@@ -1014,12 +1028,14 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     groups = [(r.compiled.runs if r.compiled else []) if compiled else r.runs for r in results]
     if not any(groups):
         return []
-    rates, rows = [decode_rate(runs) for runs in groups], []
+    rates = [decode_rate(runs) for runs in groups]
+    rows = []
     drawn = bars(rates, [rate_text(runs) for runs in groups], max(filter(None, rates), default=None))
     base = next((r for r, rate in zip(results, rates, strict=True) if rate and r.name == "none"), None)
     energy = compiled and any(joules_per_token(runs) for runs in groups)
     for r, runs, rate, cell in zip(results, groups, rates, drawn, strict=True):
-        row, measured = [row_label(r, compiled), cell], r.compiled if compiled else r
+        row = [row_label(r, compiled), cell]
+        measured = r.compiled if compiled else r
         if base:
             alike = rate and r.devices == base.devices
             row.append(format_3g(rate / rates[results.index(base)]) if alike else "–")
@@ -1096,8 +1112,11 @@ def memory_table(r: Result) -> list[Any]:
 
 def comparison_memory(results: list[Result]) -> list[Any]:
     """Stored weights, and the peak of tensors or, without torch's count, of RSS; energy has room here."""
-    sizes, peaks, rows = [r.weight_bytes for r in results], [peak_bytes(r) for r in results], []
-    kinds, joules = {kind for size, kind in peaks if size}, [joules_per_token(r.runs) for r in results]
+    sizes = [r.weight_bytes for r in results]
+    peaks = [peak_bytes(r) for r in results]
+    rows = []
+    kinds = {kind for size, kind in peaks if size}
+    joules = [joules_per_token(r.runs) for r in results]
     for i, (r, cell) in enumerate(zip(results, bars(sizes, [*map(gib, sizes)]), strict=True)):
         peak, kind = peaks[i]
         shown = gib(peak) + (f" {kind}" if peak and len(kinds) > 1 else "")
@@ -1139,7 +1158,8 @@ def expected_table(results: list[Result]) -> list[Any]:
         reasons += [e.reason] if e.reason and e.verdict == "not met" else []
     if not rows:
         return []
-    title, columns = "Expected of Quanto, and measured", ("expected", "of", "measured", "verdict")
+    title = "Expected of Quanto, and measured"
+    columns = ("expected", "of", "measured", "verdict")
     return table(title, columns, rows, left=4) + reasons + [""] * bool(reasons)
 
 
@@ -1157,7 +1177,8 @@ def kernel_lines(results: list[Result]) -> list[Any]:
 
 def answers(results: list[Result]) -> list[Any]:
     """The beginning of each precision's first answer."""
-    most, rows = 200 if len(results) > 1 else 400, []
+    most = 200 if len(results) > 1 else 400
+    rows = []
     for r in results:
         text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())
         text = text.rstrip("\ufffd")  # half a character, cut by the end
@@ -1193,11 +1214,13 @@ def against(r: Result, base: Result) -> list[str]:
 
     steps = [one.compiled.runs if one.compiled else [] for one in (r, base)]
     cells = [speed(r.runs, base.runs), speed(*steps), "–", "–"]
-    (peak, kind), (before, base_kind) = peak_bytes(r), peak_bytes(base)
+    peak, kind = peak_bytes(r)
+    before, base_kind = peak_bytes(base)
     if peak and before and kind == base_kind:
         cells[2] = f"{format_3g(peak / before)} x"
     if r.quality and base.quality and r.quality.reference == base.quality.reference:
-        (low, high), (least, most) = kl_interval(r.quality), kl_interval(base.quality)
+        low, high = kl_interval(r.quality)
+        least, most = kl_interval(base.quality)
         cells[3] = "less" if high < least else "more" if low > most else "about the same"
     return cells
 
@@ -1206,17 +1229,21 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
     """What differs between saved files, and a table of their results."""
     names = [Path(file).stem for file in files]
     names = [escape(name) for name in (names if len(set(names)) == len(names) else files)]
-    facts, lines, rows = [file_facts(b) for b in benchmarks], [], []
+    facts = [file_facts(b) for b in benchmarks]
+    lines = []
+    rows = []
     for key in dict.fromkeys(key for known in facts for key in known):
         values = [escape(str(known.get(key, "–"))) for known in facts]
         if len(set(values)) > 1:
             lines.append(f"{key}: {'; '.join(map(' '.join, zip(names, values, strict=True)))}")
-    first, other = {r.name: r for r in benchmarks[0].results}, benchmarks[0].results[0]
+    first = {r.name: r for r in benchmarks[0].results}
+    other = benchmarks[0].results[0]
     changes: list[list[str]] = []
     for name, benchmark in zip(names, benchmarks, strict=True):
         for r in benchmark.results:
             rates = [rate_text(r.runs), rate_text(r.compiled.runs if r.compiled else [])]
-            sizes, base = [gib(r.weight_bytes), gib(peak_bytes(r)[0])], first.get(r.name, other)
+            sizes = [gib(r.weight_bytes), gib(peak_bytes(r)[0])]
+            base = first.get(r.name, other)
             rows.append([f"{name} {row_label(r)}", *rates, *sizes, kl_text(r.quality)])
             changes += [[f"{name} {r.label}", *against(r, base)]] if r is not base else []
     columns = ("result", "decode tok/s", "compiled", "weights", "peak", "KL nats")
@@ -1263,7 +1290,8 @@ class Interruption:
     """Ctrl-C, SIGTERM or SIGHUP, remembered: nothing is raised, the worker is ended, its figures stand."""
 
     def __init__(self) -> None:
-        self.seen, self.process = False, None
+        self.seen = False
+        self.process = None
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name):  # Windows has no SIGHUP
                 signal.signal(getattr(signal, name), self)
@@ -1295,7 +1323,8 @@ class View:
         # half of rich's own rate: drawing takes half a millisecond from the runs each time
         options = {"transient": True, "refresh_per_second": 5, "disable": not self.console.is_terminal}
         self.progress = Progress(*columns, console=self.console, **options)
-        self.task, self.prefix = self.progress.add_task("starting"), ""
+        self.task = self.progress.add_task("starting")
+        self.prefix = ""
 
     def log(self, text: str) -> None:
         self.console.print(self.prefix + text, markup=False, soft_wrap=not self.console.is_terminal)
@@ -1345,13 +1374,16 @@ def follow(
     lines: queue.Queue, result: Result, view: View, save: Callable[[Result], None]
 ) -> tuple[Result, str | None]:
     """Pass on what a worker says until it ends: its last Result, and a failure if it fell silent instead."""
-    step, limit, heard = "importing torch and transformers", SILENCE_S, time.monotonic()
+    step = "importing torch and transformers"
+    limit = SILENCE_S
+    heard = time.monotonic()
     view.status(step)
     while True:
         try:
             line = lines.get(timeout=0.5)
         except queue.Empty:
-            silent, ended = time.monotonic() - heard, result.complete or result.failure
+            silent = time.monotonic() - heard
+            ended = result.complete or result.failure
             if ended and silent > EXIT_S:
                 return result, None
             if not ended and limit is not None and silent > limit:
@@ -1424,7 +1456,8 @@ def measure_all(
     if not s.compare:
         run_worker(s, None, view, save, stop, debug)
         return
-    names, began = sorted((p or "none" for p in s.compare), key=PRECISIONS.index), time.monotonic()
+    names = sorted((p or "none" for p in s.compare), key=PRECISIONS.index)
+    began = time.monotonic()
     both = " eager, and the same of the compiled step" if s.compile else ""
     view.log(
         f"{', '.join(names)}: {plural(s.runs, 'run')} each{both}; the time to go follows after the first"
@@ -1671,11 +1704,13 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
 
     Raises Failure where there is none.
     """
-    notes, has_cuda = [], torch.cuda.is_available()
+    notes = []
+    has_cuda = torch.cuda.is_available()
     if wanted != "cpu" and not has_cuda:
         with contextlib.suppress(pynvml.NVMLError):  # no driver
             pynvml.nvmlInit()
-            gpu, build = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)), torch.__version__
+            gpu = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+            build = torch.__version__
             cure = "for +cpu, pip install torch --index-url https://download.pytorch.org/whl/cu130; otherwise"
             cure += " the driver is too old, or CUDA_VISIBLE_DEVICES hides the GPU"
             notes.append(f"NVIDIA's driver sees {gpu}, but this torch ({build}) cannot use it: {cure}")
@@ -1743,7 +1778,8 @@ def synchronize(devices: list[str]) -> None:
 
 def describe_environment(devices: list[str], handles: dict[str, Any]) -> dict[str, str]:
     """Hardware and versions: a benchmark's are part of its result."""
-    cpu, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (named := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
         cpu = named[1]
     info = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
@@ -1812,7 +1848,8 @@ def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callabl
     for device in devices:
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
-    seen, ended = {}, threading.Event()
+    seen = {}
+    ended = threading.Event()
 
     def look() -> dict[str, int]:
         for name, value in snapshot(devices, handles, cuda="").items():
@@ -1861,7 +1898,8 @@ def progress_bars(title: str, total: int, plain_lines: bool) -> type[tqdm]:
     It has one for bytes received, one for bytes written and one for files: the one ahead is told. They are
     called from threads, `display` under tqdm's lock. A total of 0 keeps them silent.
     """
-    form, pause_s = "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left", 30 if plain_lines else 0.3
+    form = "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
+    pause_s = 30 if plain_lines else 0.3
     begin = told_at = time.monotonic()
     told = 0
 
@@ -1872,7 +1910,8 @@ def progress_bars(title: str, total: int, plain_lines: bool) -> type[tqdm]:
 
         def display(self, *_: Any, **__: Any) -> None:
             nonlocal told, told_at
-            now, here = time.monotonic(), min(total, self.n)
+            now = time.monotonic()
+            here = min(total, self.n)
             if self.unit != "B" or here <= told or now - told_at < pause_s:
                 return
             told, told_at = here, now
@@ -1897,7 +1936,8 @@ def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> 
     except Failure:
         raise
     except Exception as error:  # the Hub's client raises its own, the operating system's and httpx's
-        config, why = huggingface_hub.try_to_load_from_cache(model_name, "config.json"), first_line(error)
+        config = huggingface_hub.try_to_load_from_cache(model_name, "config.json")
+        why = first_line(error)
         folder = os.path.dirname(config) if isinstance(config, str) else None
         if folder and (random_weights or weight_names(folder, os.listdir(folder))):
             log(f"{model_name}: taken as it is cached here ({why})")
@@ -1950,7 +1990,8 @@ def weight_names(folder: str, files: Iterable[str]) -> list[str]:
 
 def check_architecture(name: str, config: transformers.PreTrainedConfig) -> None:
     """Raises Failure for what AutoModelForCausalLM cannot load, or loads without what was trained."""
-    kind, classes = config.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = config.model_type
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return
     # a bare …Model may be fine, with its output tied to its input: loading tells
@@ -2047,7 +2088,8 @@ def random_state(model: Any) -> dict[str, Any]:
     """Random weights for a meta model; not for a tied output embedding: from_pretrained would untie it."""
     torch.manual_seed(0)
     block = torch.randn(2**22).mul_(0.02).to(model.dtype)
-    state, tied = {}, model.all_tied_weights_keys
+    state = {}
+    tied = model.all_tied_weights_keys
     for name, tensor in model.state_dict().items():
         if name in tied or not tensor.is_floating_point():
             continue
@@ -2182,7 +2224,8 @@ def quanto_defects(model: Any) -> dict[str, str]:
     layers = Counter(sorted(MENDED))  # that these were met, not how often
     layers["routers"] = len(routers(model))
     for module in linear_layers(model):
-        weight, (rows, columns) = module.weight.data, module.weight.shape
+        weight = module.weight.data
+        rows, columns = module.weight.shape
         if type(weight) is WeightQBitsTensor:
             if (weight._qtype.bits, weight._group_size, weight.dtype) != (4, 128, torch.bfloat16):
                 layers["extension"] += 1
@@ -2242,7 +2285,8 @@ def place_model(bench: Bench, meta_model: Any, stored: int | None) -> None:
     `stored` bytes has a checkpoint that is quantized already, which no other precision can make smaller.
     Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried.
     """
-    s, largest = bench.settings, max((m.weight.numel() for m in linear_layers(meta_model)), default=0)
+    s = bench.settings
+    largest = max((m.weight.numel() for m in linear_layers(meta_model)), default=0)
     needed = stored or expected_bytes(meta_model, s.weights or "none")
     peak = load_peak_bytes(needed, largest, s.weights)
     roomy = next((d for d in bench.devices if max(needed * 1.1, peak) < memory_of(d)[0]), None)
@@ -2344,7 +2388,8 @@ KNOWN_ERRORS = {  # the same for failures
 
 def describe_error(error: Exception, advice: str) -> tuple[str, bool]:
     """An exception in the user's words, and whether this machine lacks something (else it is a failure)."""
-    text, doing = str(error), getattr(error, "step", "starting")
+    text = str(error)
+    doing = getattr(error, "step", "starting")
     if isinstance(error, Failure):
         return text, False
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
@@ -2475,7 +2520,8 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Te
     Inductor's own reductions come out right only by minutes of tuning, and not every time. Also for
     unquantized weights.
     """
-    (rows, cols), y = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, cols = weight.shape
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
     # of 40 forms the fastest on an H100, for matrices of its size
     form = {"ROWS": 2, "BLOCK": 1024, "EARLY": False, "num_warps": 2}
     if weight.nbytes < GEMV_EARLY_BYTES:
@@ -2498,7 +2544,8 @@ def flash_decode(
     Inductor's sums read the keys for every head anew and run along the window on few processors: 2 and 15 us
     slower a layer at 256 and 2048 places on an H100.
     """
-    (_, heads, _, size), kv = query.shape, key.shape[1]
+    _, heads, _, size = query.shape
+    kv = key.shape[1]
     count, group, wide = mask.shape[-1] // 64, heads // kv, triton.next_power_of_2(size)
     part = query.new_empty(kv, count, group, size, dtype=torch.float32)
     top, total = part.new_empty(kv, count, group), part.new_empty(kv, count, group)
@@ -2527,7 +2574,8 @@ class DequantLinear(torch.nn.Module):
 
     def __init__(self, bias: torch.Tensor | None, **tensors: torch.Tensor) -> None:
         super().__init__()
-        self.bias, self.merged = bias, ()  # in a tuple, it is no submodule
+        self.bias = bias
+        self.merged = ()  # in a tuple, it is no submodule
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
@@ -2684,19 +2732,23 @@ def merge_layers(model: Any) -> None:
         if len(layers) == 1:
             continue
         whole = {n: torch.cat([getattr(s, n) for s in layers], dim) for n, (dim, _) in kind.rows.items()}
-        merged, first = kind(None, **whole), 0
+        merged = kind(None, **whole)
+        first = 0
         for layer in layers:
             last = first + layer.scale.shape[kind.rows["scale"][0]]
             for n, (dim, unit) in kind.rows.items():
                 setattr(layer, n, whole[n].narrow(dim, first // unit, (last - first) // unit))
-            layer.merged, layer.part, first = (merged,), slice(first, last), last
+            layer.merged = (merged,)
+            layer.part = slice(first, last)
+            first = last
 
 
 class SharedProducts(CustomGraphPass):
     """Inductor pass: a product that several layers ask for (their `merged` one) is computed once."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        aten, ours, seen = torch.ops.aten, torch.ops.qwquanto, {}
+        aten, ours = torch.ops.aten, torch.ops.qwquanto
+        seen = {}
         products = ours.gemv, aten._weight_int4pack_mm, aten._weight_int8pack_mm
         pure = {op.default for op in (*products, aten.view, aten.reshape)}
         for node in list(graph.nodes):
@@ -2826,7 +2878,9 @@ class DecodeStep:
     """This script's step: what generate() calls for each token after the first, and what that needs."""
 
     def __init__(self, model: Any, max_tokens: int) -> None:
-        self.model, self.graphs, self.own_attention = model, {}, model.config._attn_implementation
+        self.model = model
+        self.graphs = {}
+        self.own_attention = model.config._attn_implementation
         sizes = range(WINDOW, max_tokens + WINDOW, WINDOW)
         self.places = torch.arange(sizes[-1], device=model.device)
         self.windows = {size: self.places[:size].clone() for size in sizes}
@@ -2836,7 +2890,8 @@ class DecodeStep:
         self.cache = StaticCache(config=model.config, max_cache_len=1)
         # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
         self.cache.layers = [StepLayer(sizes[-1] + 16, self.position) for _ in self.cache.layers]
-        self.stepping, self.regions = False, regions_of(model, self.cache)
+        self.stepping = False
+        self.regions = regions_of(model, self.cache)
 
     def step(self, window: torch.Tensor) -> Any:
         mask = (window <= self.position)[None, None, None]
@@ -2899,7 +2954,8 @@ class DecodeStep:
             region.forward = run
         self.model.create_masks_for_generate = self.prompt_mask
         # generate() looks its loop up in the class
-        kind, loop = type(self.model), lambda model, *args, **options: self.sample(*args, **options)
+        kind = type(self.model)
+        loop = lambda model, *args, **options: self.sample(*args, **options)
         self.model.__class__ = type(kind.__name__, (kind,), {"_sample": loop, "__module__": kind.__module__})
 
     def run(
@@ -2943,7 +2999,8 @@ class DecodeStep:
         not wait, and at the end of an answer one step is in vain. With top_k, a token is drawn among those k,
         not among the vocabulary. Both together made int8 10 % faster on an H100.
         """
-        config, scores, logits = generation_config, (), ()
+        config = generation_config
+        scores, logits = (), ()
         top_k = logits_processor[-1] if config.do_sample and logits_processor else None
         if not isinstance(top_k, transformers.TopKLogitsWarper) or config.output_scores:
             top_k = None
@@ -3063,9 +3120,11 @@ def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
     Changes the model: afterwards its generate() needs CompiledDecode.options. Raises Failure for a model that
     cannot be compiled. Takes from seconds to minutes.
     """
-    max_tokens, before = max(max_tokens, 16), graphs_compiled()
+    max_tokens = max(max_tokens, 16)
+    before = graphs_compiled()
     check_compilable(model, max_tokens)
-    cache, step = static_cache(model, max_tokens), None
+    cache = static_cache(model, max_tokens)
+    step = None
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # where Triton launches and graphs are captured
     ordinary = model._supports_attention_backend and {type(layer) for layer in cache.layers} == {StaticLayer}
@@ -3165,7 +3224,8 @@ def generate(
     than there are tokens (transformers generation/utils.py, DeferredStopCheck).
     """
     prompt = bench.prompt if prompt is None else prompt
-    device, shown = prompt.device, 0.0
+    device = prompt.device
+    shown = 0.0
     events = []  # of the start and of each token: CUDA's, or seconds
 
     def mark() -> None:
@@ -3195,7 +3255,8 @@ def generate(
     output = bench.model.generate(prompt, return_dict_in_generate=True, **options)
     synchronize(bench.devices)
     latency_s = time.perf_counter() - begin
-    new, first = output.sequences[0, prompt.shape[1] :].tolist(), events[0]
+    new = output.sequences[0, prompt.shape[1] :].tolist()
+    first = events[0]
     times = [first.elapsed_time(e) / 1000 if device.type == "cuda" else e - first for e in events[1:]]
     return new, times[: len(new)], latency_s
 
@@ -3234,7 +3295,8 @@ def warmup_runs(bench: Bench) -> list[Run]:
 
 def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: int) -> None:
     """`count` timed runs, the Result's own or its Compiled's, each handed on at once with a line."""
-    kind, runs = "eager " * bench.settings.compile, target.runs
+    kind = "eager " * bench.settings.compile
+    runs = target.runs
     if target is not result:
         kind = "compiled "
     with peak_memory(bench.devices, bench.handles) as peak:
@@ -3280,7 +3342,8 @@ def kernels_of_a_step(bench: Bench) -> dict[str, int]:
 
 def try_torch_compile(bench: Bench, result: Result) -> None:
     """Count what `model = torch.compile(model)`, as introductions have it, compiles for a few tokens."""
-    wrapped, graphs = dataclasses.replace(bench, model=torch.compile(bench.model)), graphs_compiled()
+    wrapped = dataclasses.replace(bench, model=torch.compile(bench.model))
+    graphs = graphs_compiled()
     generate(wrapped, "torch.compile(model) as written", max_new_tokens=4, do_sample=False)
     result.torch_compile_graphs = graphs_compiled() - graphs
     save(result)
@@ -3357,10 +3420,12 @@ def tokenize(s: Settings, tokenizer: Any, config: transformers.PreTrainedConfig)
 
 def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None, Any]:
     """All that can fail before loading: device, files, question; returns the folder and the meta model."""
-    s, result.concerns_all = bench.settings, True
+    s = bench.settings
+    result.concerns_all = True
     with step("looking for a device"):
         bench.devices, notes = choose_devices(s.device)
-        result.devices, result.notes = bench.devices, notes + busy_note("at the start")
+        result.devices = bench.devices
+        result.notes = notes + busy_note("at the start")
         for note in result.notes:
             log(note)
     with step("getting the model", timeout_s=None):
@@ -3374,7 +3439,8 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
         result.concerns_all = False
         place_model(bench, meta_model, stored)
         bench.handles, notes = nvml_handles(bench.devices)
-        result.devices, result.notes = bench.devices, result.notes + notes
+        result.devices = bench.devices
+        result.notes = result.notes + notes
         result.environment = describe_environment(bench.devices, bench.handles)
     with step("measuring the memory's bandwidth"):
         result.memory_bytes_per_s = {device: memory_bandwidth(device) for device in bench.devices}
@@ -3411,7 +3477,8 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
 
 def measure_compiled(bench: Bench, result: Result, reference: Path | None) -> None:
     """Ready this script's compiled decode step, time it and hold its answers against the reference too."""
-    s, tokens = bench.settings, bench.prompt.shape[1]
+    s = bench.settings
+    tokens = bench.prompt.shape[1]
     judged = min(s.quality_tokens, bench.positions_left) if reference else 0
     longest = tokens + max(bench.new_tokens, judged)
     log(f"compiling the decode step for up to {longest} tokens: this takes half a minute or so")
@@ -3436,7 +3503,8 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
 
     `reference` is the folder for the answer that quality is judged on, of a comparison.
     """
-    s, bench = result.settings, Bench(result.settings)
+    s = result.settings
+    bench = Bench(result.settings)
     reference = Path(reference) if reference and s.quality_tokens and not s.random_weights else None
     try:
         load(bench, result, *set_up(bench, result, on_terminal))
