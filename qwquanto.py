@@ -36,11 +36,11 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
     saved            1 - weights / the same model unquantized, in the dtype it is loaded in
     allocated        bytes in torch's tensors; reserved: what its allocator holds; used: whole device (NVML)
-    RSS              physical memory of this process: mapped files and freed heap count too, so it is not the
-                     model
-    MBU              memory bandwidth utilization: bytes that decode must read a second (weights, and the KV
-                     cache as generate() filled it) over what this device's memory delivers, measured before
-                     the model is loaded
+    RSS              physical memory of this process: mapped files and freed heap, which glibc keeps, count
+                     too, as in a program of yours, so it is not the model
+    MBU              memory bandwidth utilization: bytes of weights that decode must read a second over what
+                     this device's memory delivers, measured before the model is loaded. A lower bound: the
+                     KV cache is read too, little beside the weights until the context is long
     energy           difference of the GPU's own energy counter, over at least one second
     GPU at work      time of the kernels of one profiled eager decode step over that of an unprofiled one: the
                      rest of the time the GPU waits for the host
@@ -133,8 +133,9 @@ try:
 except ImportError:
     sys.exit("qwquanto: this Python lacks its packages: pip install -r requirements.txt, or .venv/bin/python")
 
-__version__ = "2.0.0"
-SCHEMA = 1  # of the JSON; raise it when Settings gets another field, or a field another meaning
+__version__ = "3.0.0"
+SCHEMA = 2  # of the JSON; raise it only when a field gets another meaning: a new one has a default
+READERS = {1: "qwquanto 2.0.0"}  # earlier schemas -> the version that reads them
 PRECISIONS = ("none", "int8", "float8", "int4", "int2")  # in the order of running, see `measure_quality`
 # another, which QuantoConfig must know, also concerns `expected_bytes`, `dequant_linear` and `expectations`
 BITS = {"none": 16, "int8": 8, "float8": 8, "int4": 4, "int2": 2}
@@ -162,32 +163,92 @@ class Failure(Exception):
 # -------------------------------------------------------------------------------------------------- settings
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A snapshot of the constants: one field each, in lower case."""
+def rule(holds: Callable[[Any], Any], allowed: str) -> dict[str, Any]:
+    """The metadata of a field of Settings: whether a value is possible, and what is, in words."""
+    return {"holds": holds, "allowed": allowed}
 
-    model_name: str
-    weights: str | None
-    compare: list[str]
-    device: str
-    dtype: str
-    compile: bool
-    quanto_kernels: bool
-    random_weights: bool
-    question: str
-    chat: bool
-    runs: int
-    warmup_runs: int
-    max_length: int
-    max_seconds: float
-    compare_tokens: int
-    quality_tokens: int
-    temperature: float
-    do_sample: bool
-    seed: int
-    trust_remote_code: bool
-    results: str | None
-    report: str | None
+
+def is_writable(path: str) -> bool:
+    """Whether a file can be written at this path; leaves none behind."""
+    try:
+        target = Path(path).resolve()
+        tempfile.TemporaryFile(dir=target.parent).close()
+        return not target.exists() or (target.is_file() and os.access(target, os.W_OK))
+    except OSError:
+        return False
+
+
+def is_model(name: str) -> bool:
+    """Whether this is a folder with a model, or can be a model's id on the Hub."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return (folder / "config.json").is_file()
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
+
+
+def at_least(least: int) -> dict[str, Any]:
+    return rule(lambda v: type(v) is int and v >= least, f"a whole number from {least} on")
+
+
+def above_zero(hint: str = "") -> dict[str, Any]:
+    return rule(lambda v: type(v) is not bool and 0 < v < math.inf, "a number above 0" + hint)
+
+
+YES_OR_NO = rule(lambda v: type(v) is bool, "True or False")
+DTYPES = ("auto", *SHORT_DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A snapshot of the constants: one field each, in lower case, with its rule for `check`.
+
+    A field that is added from now on has a default, so that older files stay readable.
+    """
+
+    model_name: str = field(
+        metadata=rule(is_model, "a Hub id like Qwen/Qwen2.5-3B or a folder with a config.json")
+    )
+    weights: str | None = field(
+        metadata=rule(
+            lambda v: (v or "none") in PRECISIONS, f"one of {', '.join(PRECISIONS)} (none: as stored)"
+        )
+    )
+    compare: list[str] = field(
+        metadata=rule(
+            lambda v: len({p or "none" for p in v} & set(PRECISIONS)) == len(v),
+            f'some of {", ".join(PRECISIONS)}, each once (--compare none int8; COMPARE = ("none", "int8"))',
+        )
+    )
+    device: str = field(
+        metadata=rule(
+            lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cuda, cuda:N, mps or cpu"
+        )
+    )
+    dtype: str = field(metadata=rule(lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"))
+    compile: bool = field(metadata=YES_OR_NO)
+    quanto_kernels: bool = field(metadata=YES_OR_NO)
+    random_weights: bool = field(metadata=YES_OR_NO)
+    question: str = field(metadata=rule(lambda v: type(v) is str and v.strip(), "some text"))
+    chat: bool = field(metadata=YES_OR_NO)
+    runs: int = field(metadata=at_least(1))
+    warmup_runs: int = field(metadata=at_least(0))
+    max_length: int = field(metadata=at_least(2))
+    max_seconds: float = field(metadata=above_zero())
+    compare_tokens: int = field(metadata=at_least(2))
+    quality_tokens: int = field(metadata=at_least(0))
+    temperature: float = field(metadata=above_zero(" (for greedy decoding set DO_SAMPLE to False)"))
+    do_sample: bool = field(metadata=YES_OR_NO)
+    seed: int = field(metadata=at_least(0))
+    trust_remote_code: bool = field(metadata=YES_OR_NO)
+    results: str | None = field(
+        metadata=rule(lambda v: v in (None, "-") or is_writable(v), "a file that can be written, or -")
+    )
+    report: str | None = field(
+        metadata=rule(
+            lambda v: v is None or (v.endswith((".svg", ".html")) and is_writable(v)),
+            "a file that can be written, and ends in .svg or .html",
+        )
+    )
 
 
 def convert(text: str, kind: str) -> Any:
@@ -240,71 +301,17 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     return Settings(**values), args
 
 
-def is_writable(path: str) -> bool:
-    """Whether a file can be written at this path; leaves none behind."""
-    try:
-        target = Path(path).resolve()
-        tempfile.TemporaryFile(dir=target.parent).close()
-        return not target.exists() or (target.is_file() and os.access(target, os.W_OK))
-    except OSError:
-        return False
-
-
-def is_model(name: str) -> bool:
-    """Whether this is a folder with a model, or can be a model's id on the Hub."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return (folder / "config.json").is_file()
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
-
-
-def at_least(least: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda v: type(v) is int and v >= least, f"a whole number from {least} on"
-
-
-ONE_OF = f"one of {', '.join(PRECISIONS)} (none: as stored)"
-POSITIVE = (lambda v: type(v) is not bool and 0 < v < math.inf, "a number above 0")
-YES_OR_NO = (lambda v: type(v) is bool, "True or False")
-DTYPES = ("auto", *SHORT_DTYPES)
-RULES = {  # constant -> does it hold, and what is allowed
-    "MODEL_NAME": (is_model, "a Hub id like Qwen/Qwen2.5-3B or a folder with a config.json"),
-    "WEIGHTS": (lambda v: (v or "none") in PRECISIONS, ONE_OF),
-    "COMPARE": (
-        lambda v: len({p or "none" for p in v} & set(PRECISIONS)) == len(v),
-        f'some of {", ".join(PRECISIONS)}, each once (--compare none int8; COMPARE = ("none", "int8"))',
-    ),
-    "DEVICE": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cuda, cuda:N, mps or cpu"),
-    "DTYPE": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
-    **dict.fromkeys(("COMPILE", "QUANTO_KERNELS", "RANDOM_WEIGHTS", "CHAT", "DO_SAMPLE"), YES_OR_NO),
-    "QUESTION": (lambda v: type(v) is str and v.strip(), "some text"),
-    "RUNS": at_least(1),
-    "WARMUP_RUNS": at_least(0),
-    "MAX_LENGTH": at_least(2),
-    "MAX_SECONDS": POSITIVE,
-    "COMPARE_TOKENS": at_least(2),
-    "QUALITY_TOKENS": at_least(0),
-    "TEMPERATURE": (POSITIVE[0], "a number above 0 (for greedy decoding set DO_SAMPLE to False)"),
-    "SEED": at_least(0),
-    "TRUST_REMOTE_CODE": YES_OR_NO,
-    "RESULTS": (lambda v: v in (None, "-") or is_writable(v), "a file that can be written, or -"),
-    "REPORT": (
-        lambda v: v is None or (v.endswith((".svg", ".html")) and is_writable(v)),
-        "a file that can be written, and ends in .svg or .html",
-    ),
-}
-
-
 def check(s: Settings) -> list[str]:
     """Everything that is impossible about the settings, each with what is allowed."""
     problems = []
-    for name, (holds, allowed) in RULES.items():
-        value = getattr(s, name.lower())
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
         try:
-            right = holds(value)
+            right = f.metadata["holds"](value)
         except (TypeError, AttributeError, RuntimeError):  # a constant edited to another type, ~nobody/model
             right = False
         if not right:
-            problems.append(f"{name} must be {allowed}, not {value!r}")
+            problems.append(f"{f.name.upper()} must be {f.metadata['allowed']}, not {value!r}")
     return problems
 
 
@@ -351,19 +358,8 @@ class Compiled:
     graphs: int
     recompilations: int = 0  # within timed runs
     runs: list[Run] = field(default_factory=list)
-    bytes_per_token: int | None = None
     bandwidth_utilization: float | None = None
     quality: Quality | None = None
-
-
-@dataclass
-class TorchCompile:
-    """`model = torch.compile(model)` as introductions have it: seconds of generate(), pair by pair."""
-
-    graphs: int  # that torch captured
-    new_tokens: int
-    wrapped_s: list[float] = field(default_factory=list)
-    bare_s: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -388,15 +384,17 @@ class Result:
     kernels: dict[str, int] = field(default_factory=dict)  # matrix products of one eager decode step -> calls
     kernel_s: float | None = None  # of all kernels of that step on the GPU
     cudnn_attention_s: dict[str, float] = field(default_factory=dict)  # first, again: see `cudnn_attention`
-    defects: list[str] = field(default_factory=list)  # of Quanto as shipped, with this model on this machine
+    defects: dict[str, str] = field(
+        default_factory=dict
+    )  # of Quanto as shipped with this model on this machine
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # phase -> name -> bytes, see `snapshot`
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)  # eager
-    bytes_per_token: int | None = None
+    bytes_per_token: int | None = None  # weights that a decode step reads, see `decode_weight_bytes`
     memory_bytes_per_s: dict[str, float] = field(default_factory=dict)  # device -> bytes/s
     bandwidth_utilization: float | None = None
     compiled: Compiled | None = None
-    torch_compile: TorchCompile | None = None
+    torch_compile_graphs: int | None = None  # that torch captured of `torch.compile(model)` as written
     prefill_tokens: int | None = None
     prefill_tokens_per_s: float | None = None
     prefill_rates: list[float] = field(default_factory=list)
@@ -406,6 +404,7 @@ class Result:
     failure: str | None = None
     unavailable: bool = False  # the failure: this machine lacks something that it needs
     concerns_all: bool = False  # the failure is the model's or the device's, whatever the precision
+    eager_complete: bool = False  # the eager model was measured to its end, so that it can be recommended
     complete: bool = False
 
     @property
@@ -421,13 +420,6 @@ class Result:
     def timed_runs(self) -> list[Run]:
         """The runs that were asked for: the compiled step's under --compile, if there are any."""
         return (self.compiled and self.compiled.runs) or self.runs
-
-    @property
-    def eager_complete(self) -> bool:
-        """Whether the eager model was measured to its end, so that it can be recommended."""
-        s = self.settings
-        judged = self.quality or self.is_reference or not s.quality_tokens or s.random_weights
-        return self.complete or bool(self.prefill_tokens and judged)
 
 
 @dataclass
@@ -453,17 +445,21 @@ def to_json(benchmark: Benchmark) -> str:
 
 
 NESTED = {"results": Result, "settings": Settings, "warmup": Run, "runs": Run, "compiled": Compiled,
-          "quality": Quality, "torch_compile": TorchCompile}  # fmt: skip
+          "quality": Quality}  # fmt: skip
 
 
 def from_plain(kind: type, plain: dict[str, Any]) -> Any:
-    """The dataclass that `asdict` made this of. Raises TypeError or AttributeError for anything else."""
-    for name, value in plain.items():
+    """The dataclass that `asdict` made this of, without fields that a later version wrote.
+
+    Raises TypeError or AttributeError for anything else.
+    """
+    known = {f.name: plain[f.name] for f in dataclasses.fields(kind) if f.name in plain}
+    for name, value in known.items():
         if name in NESTED and isinstance(value, list):
-            plain[name] = [from_plain(NESTED[name], item) for item in value]
+            known[name] = [from_plain(NESTED[name], item) for item in value]
         elif name in NESTED and isinstance(value, dict):
-            plain[name] = from_plain(NESTED[name], value)
-    return kind(**plain)
+            known[name] = from_plain(NESTED[name], value)
+    return kind(**known)
 
 
 def from_json(text: str) -> Benchmark:
@@ -471,9 +467,8 @@ def from_json(text: str) -> Benchmark:
     try:
         plain = json.loads(text)
         if plain["schema"] != SCHEMA:
-            raise Failure(
-                f"has schema {plain['schema']}, this script reads {SCHEMA}: use the script that wrote it"
-            )
+            reader = READERS.get(plain["schema"], "the version that wrote it")
+            raise Failure(f"has schema {plain['schema']}, which {reader} reads; this one reads {SCHEMA}")
         return from_plain(Benchmark, plain)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Failure("holds no results that this version of the script can read") from None
@@ -559,20 +554,11 @@ def ratio_interval(runs: list[Run], base: list[Run], distortion: float = 1.0) ->
     if min(map(len, logs)) < 2:
         return None
     errors = [statistics.variance(group) / len(group) for group in logs]
-    center, error = statistics.fmean(logs[0]) - statistics.fmean(logs[1]), sum(errors)
+    center = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
+    error = sum(errors)
     freedom = error**2 / sum(e**2 / (len(g) - 1) for e, g in zip(errors, logs, strict=True)) if error else 1
     half = student_t(freedom) * math.sqrt(error)
     return math.exp(center - half) * min(1, 1 / distortion), math.exp(center + half) * max(1, 1 / distortion)
-
-
-def paired_interval(values: list[float], base: list[float]) -> tuple[float, float, float] | None:
-    """Geometric mean of pairs' ratios, its 95 % interval (Student's t on logarithms); None for one pair."""
-    logs = [math.log(a / b) for a, b in zip(values, base, strict=False)]
-    if len(logs) < 2:
-        return None
-    half = student_t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    center = statistics.fmean(logs)
-    return math.exp(center), math.exp(center - half), math.exp(center + half)
 
 
 def distortion(r: Result, base: Result) -> float:
@@ -613,13 +599,14 @@ def verdict(r: Result) -> str:
     return names[named[0]] if named[0] == named[1] else f"{names[named[0]]} or {names[named[1]]}"
 
 
-def utilization(r: Result, runs: list[Run], bytes_per_token: int | None) -> float | None:
+def utilization(r: Result, runs: list[Run]) -> float | None:
     """MBU. Several devices work one after the other, so the memory's time is the sum of each one's."""
-    rate, held = decode_rate(runs), r.device_weight_bytes
-    if rate is None or bytes_per_token is None or not held or not set(held) <= set(r.memory_bytes_per_s):
+    rate = decode_rate(runs)
+    held = r.device_weight_bytes
+    if rate is None or r.bytes_per_token is None or not held or not set(held) <= set(r.memory_bytes_per_s):
         return None
     total = sum(held.values())
-    return rate * sum(bytes_per_token * n / total / r.memory_bytes_per_s[d] for d, n in held.items())
+    return rate * sum(r.bytes_per_token * n / total / r.memory_bytes_per_s[d] for d, n in held.items())
 
 
 def pace(runs: list[Run]) -> tuple[float, float] | None:
@@ -686,24 +673,36 @@ def is_float32(r: Result) -> bool:
 # ------------------------------------------------------------------------------------------------- judgements
 
 
+def grave_warnings(r: Result) -> list[str]:
+    """Why a precision's answers, or its figures, are not to be used; printed in red."""
+    s, q = r.settings, r.quality
+    found = []
+    if s.weights and r.quantized_layers == 0:
+        found.append("NOTHING WAS QUANTIZED: Quanto knows none of the layers; all is as stored.")
+    if s.quanto_kernels and "bias" in r.defects:
+        found.append(f"RUNS AS SHIPPED: {r.defects['bias'].removeprefix('as shipped, ')}.")
+    if verdict(r) == "broken":
+        found.append(f"BREAKS THIS MODEL (KL {format_3g(q.kl_divergence)} nats): do not use it.")
+    own = r.compiled and r.compiled.quality
+    least = kl_interval(q)[1] if q else 0
+    if own and kl_interval(own)[0] > max(KL_KEPT, least):
+        found.append(f"THE COMPILED STEP ANSWERS OTHERWISE (KL {kl_text(own)}): do not use its speed.")
+    return found
+
+
 def warnings_for(r: Result) -> list[str]:
-    """What a reader must know before trusting a precision's numbers, the worst first."""
-    s, q, found = r.settings, r.quality, []
+    """What else a reader must know before trusting a precision's numbers, the worst first."""
+    s, q = r.settings, r.quality
+    found = []
     if s.random_weights:
         found.append("Random weights: speed and memory hold, text and quality mean nothing.")
     if s.weights and is_float32(r):
         found.append(
             "32-bit weights: claims on memory and speed concern 16 bit, so none is judged (--dtype bfloat16)."
         )
-    if s.weights and r.quantized_layers == 0:
-        found.append("NOTHING WAS QUANTIZED: Quanto knows none of the layers; all is as stored.")
-    elif s.weights and r.quantizable_bytes and r.quantizable_bytes < r.unquantized_bytes / 2:
+    if s.weights and r.quantized_layers and r.quantizable_bytes < r.unquantized_bytes / 2:
         share = percent(r.quantizable_bytes / r.unquantized_bytes)
         found.append(f"Quanto reaches only {share} % of the weights; the others stay as stored.")
-    if s.quanto_kernels and (lost := [text for text in r.defects if " bias " in text]):
-        found.append(f"RUNS AS SHIPPED: {lost[0].removeprefix('as shipped, ')}.")
-    if verdict(r) == "broken":
-        found.append(f"BREAKS THIS MODEL (KL {format_3g(q.kl_divergence)} nats): do not use it.")
     if q and q.positions < MIN_POSITIONS:
         found.append(f"Quality rests on {plural(q.positions, 'token')}, fewer than {MIN_POSITIONS}.")
     if r.timed_runs and all((run.stop_reason, run.generated_tokens) == ("eos", 1) for run in r.timed_runs):
@@ -713,9 +712,6 @@ def warnings_for(r: Result) -> list[str]:
         found += instability("compiled", r.compiled.runs, bool(s.compare))
         if r.compiled.recompilations:
             found.append(f"The timed runs include {plural(r.compiled.recompilations, 'recompilation')}.")
-        own, least = r.compiled.quality, kl_interval(q)[1] if q else 0
-        if own and kl_interval(own)[0] > max(KL_KEPT, least):
-            found.append(f"THE COMPILED STEP ANSWERS OTHERWISE (KL {kl_text(own)}): do not use its speed.")
     return found + r.notes
 
 
@@ -756,10 +752,6 @@ def comparability_warnings(results: list[Result]) -> list[str]:
     if len(set(placed.values())) > 1:
         each = "; ".join(f"{name} on {devices}" for name, devices in placed.items())
         found.append(f"Measured on different devices ({each}): speeds are not compared.")
-    lengths = {r.label: r.prefill_tokens for r in results if r.prefill_tokens}
-    if len(set(lengths.values())) > 1:
-        each = ", ".join(f"{name} {tokens}" for name, tokens in lengths.items())
-        found.append(f"Prefill had prompts of different length ({each} tokens): do not compare it.")
     for device in dict.fromkeys(device for r in results for device in r.memory_bytes_per_s):
         speeds = [r.memory_bytes_per_s[device] for r in results if device in r.memory_bytes_per_s]
         if max(speeds) > 1.1 * min(speeds):
@@ -775,7 +767,7 @@ class Expectation:
     expected: str
     of: str  # precision
     measured: str
-    verdict: str  # met, not met, too close to call
+    verdict: str  # met, not met, too close to call, unknown
     reason: str = ""
 
 
@@ -803,7 +795,7 @@ def expectations(results: list[Result]) -> list[Expectation]:
             low, high = kl_interval(r.quality)
             said = judge((-high, -low), -KL_KEPT)
             found.append(Expectation("answers very close", r.label, f"KL {kl_text(r.quality)}", said))
-    if int8 and int8.torch_compile:
+    if int8 and int8.torch_compile_graphs is not None:
         found.append(expected_torch_compile(int8))
     both = [r.quality for r in (float8, int8) if r and r.quality]
     if len(both) == 2 and both[0].reference == both[1].reference:
@@ -820,7 +812,8 @@ def expectations(results: list[Result]) -> list[Expectation]:
 
 def expected_memory(int8: Result, base: Result | None) -> Expectation:
     """Judged by the stored weights, which are exact; memory in use stands beside them."""
-    (used, kind), (before, base_kind) = peak_bytes(int8), peak_bytes(base) if base else (None, "")
+    used, kind = peak_bytes(int8)
+    before, base_kind = peak_bytes(base) if base else (None, "")
     measured = f"{percent(saving(int8))} % of the stored weights"
     if used:
         measured += f"; peak of {kind} {gib(used)} GiB"
@@ -833,19 +826,13 @@ def expected_memory(int8: Result, base: Result | None) -> Expectation:
 
 
 def expected_torch_compile(r: Result) -> Expectation:
-    tried = r.torch_compile
-    gain = paired_interval(tried.bare_s, tried.wrapped_s)
-    change = lambda ratio: f"{100 * (ratio - 1):+.1f}"
-    measured = f"{change(gain[0])} %{span_of(gain[1:], change)}" if gain else "one pair"
+    """Not timed: where torch captured no graph, what ran was the model as it is."""
+    claim = "model = torch.compile(model): 20-30 % faster"
+    graphs = r.torch_compile_graphs
+    if graphs:
+        return Expectation(claim, r.label, f"{plural(graphs, 'graph')} compiled, not timed", "unknown")
     why = "torch.compile: generate() runs the module inside the wrapper, so nothing is compiled"
-    why += " (pytorch #161743)."
-    return Expectation(
-        "model = torch.compile(model): 20-30 % faster",
-        r.label,
-        f"{measured}, {plural(tried.graphs, 'graph')} compiled",
-        judge(gain and gain[1:], 1.2),
-        "" if tried.graphs else why,
-    )
+    return Expectation(claim, r.label, "no effect: 0 graphs compiled", "not met", f"{why} (pytorch #161743).")
 
 
 def reference_of(results: list[Result]) -> str:
@@ -904,7 +891,7 @@ def recommended(kept: list[Result], base: Result | None) -> str:
     line += f" of weights ({percent(saving(best))} % saved), decode {format_3g(rate)} tokens/s"
     if base and base is not best and base.devices == best.devices:
         line += f", {format_3g(rate / decode_rate(base.runs))} times {base.label}'s speed"
-        if best.prefill_tokens_per_s and best.prefill_tokens == base.prefill_tokens:
+        if best.prefill_tokens_per_s and base.prefill_tokens_per_s:
             slower = base.prefill_tokens_per_s / best.prefill_tokens_per_s
             link = "but" if rate > decode_rate(base.runs) else "and"
             line += f" ({link} prompts are read {format_3g(slower)} times slower)" if slower > ABOUT else ""
@@ -989,7 +976,9 @@ def table(title: str, columns: Iterable[str], rows: list[list[str]], left: int =
 
 def bars(values: list[float | None], texts: list[str], best: float | None = None) -> list[str]:
     """Each text behind a bar of its figure's size; that of the best figure is green."""
-    largest, width, cells = max((v for v in values if v), default=0), max(map(len, texts), default=0), []
+    largest = max((v for v in values if v), default=0)
+    width = max(map(len, texts), default=0)
+    cells = []
     for value, text in zip(values, texts, strict=True):
         length = max(1, round(4 * value / largest)) if value else 0
         style = "green" if value and value == best else "cyan"
@@ -999,8 +988,10 @@ def bars(values: list[float | None], texts: list[str], best: float | None = None
 
 def report(benchmark: Benchmark) -> list[Any]:
     """The whole report of what was measured, a single precision or a comparison."""
-    results, first = benchmark.results, benchmark.described
-    compared, compiled = bool(first.settings.compare), any(r.compiled for r in results)
+    results = benchmark.results
+    first = benchmark.described
+    compared = bool(first.settings.compare)
+    compiled = any(r.compiled for r in results)
     parts = [heading(first), *(recommendation(results) if compared else single_headline(first)), ""]
     for block in (hardware(first), alerts(benchmark)):
         parts += [*block, ""] if block else []
@@ -1014,7 +1005,8 @@ def report(benchmark: Benchmark) -> list[Any]:
 
 
 def heading(r: Result) -> str:
-    s, size = r.settings, f", {format_3g(r.parameters, 1e9)} B parameters" if r.parameters else ""
+    s = r.settings
+    size = f", {format_3g(r.parameters, 1e9)} B parameters" if r.parameters else ""
     form = ("comparison" if s.compare else r.label) + (", eager and compiled" if s.compile else "")
     place = f", on {', '.join(r.devices)}" if r.devices else ""
     return f"[bold]# {escape(s.model_name)}: {form}[/]{size}{place}"
@@ -1043,7 +1035,9 @@ def hardware(r: Result) -> list[str]:
 
 def alerts(benchmark: Benchmark) -> list[str]:
     """What failed, and what a reader must know; a warning names its precisions unless it is everyone's."""
-    results, lines, said = benchmark.results, [], {}
+    results = benchmark.results
+    lines = []
+    grave, said = {}, {}
     compared = bool(results[0].settings.compare)
     if benchmark.interrupted:
         lines.append("[bold yellow]! Interrupted: this is what had been measured.[/]")
@@ -1051,13 +1045,14 @@ def alerts(benchmark: Benchmark) -> list[str]:
         if r.failure:
             what = ("unavailable" if r.unavailable else "FAILED") + f": {escape(r.failure)}"
             lines.append(f"[bold red]{f'{r.label} ' * compared}{what}[/]")
+        for text in grave_warnings(r):
+            grave.setdefault(text, []).append(r.label)
         for text in warnings_for(r):
             said.setdefault(text, []).append(r.label)
-    for text, labels in said.items():
-        # the capitals of `warnings_for`
-        style = "red" if re.search(r"BREAKS|NOTHING WAS|AS SHIPPED|OTHERWISE", text) else "yellow"
-        whose = f"{', '.join(labels)}: " if len(labels) < len(results) else ""
-        lines.append(f"[bold {style}]! {whose}{escape(text)}[/]")
+    for style, told in (("red", grave), ("yellow", said)):
+        for text, labels in told.items():
+            whose = f"{', '.join(labels)}: " if len(labels) < len(results) else ""
+            lines.append(f"[bold {style}]! {whose}{escape(text)}[/]")
     if compared:
         lines += [f"[bold yellow]! {escape(text)}[/]" for text in comparability_warnings(results)]
     return lines
@@ -1075,12 +1070,14 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     groups = [(r.compiled.runs if r.compiled else []) if compiled else r.runs for r in results]
     if not any(groups):
         return []
-    rates, rows = [decode_rate(runs) for runs in groups], []
+    rates = [decode_rate(runs) for runs in groups]
+    rows = []
     drawn = bars(rates, [rate_text(runs) for runs in groups], max(filter(None, rates), default=None))
     base = next((r for r, rate in zip(results, rates, strict=True) if rate and r.name == "none"), None)
     energy = compiled and any(joules_per_token(runs) for runs in groups)
     for r, runs, rate, cell in zip(results, groups, rates, drawn, strict=True):
-        row, measured = [row_label(r, compiled), cell], r.compiled if compiled else r
+        row = [row_label(r, compiled), cell]
+        measured = r.compiled if compiled else r
         if base:
             alike = rate and r.devices == base.devices
             row.append(format_3g(rate / rates[results.index(base)]) if alike else "–")
@@ -1169,8 +1166,11 @@ def memory_table(r: Result) -> list[Any]:
 
 def comparison_memory(results: list[Result]) -> list[Any]:
     """Stored weights, and the peak of tensors or, without torch's count, of RSS; energy has room here."""
-    sizes, peaks, rows = [r.weight_bytes for r in results], [peak_bytes(r) for r in results], []
-    kinds, joules = {kind for size, kind in peaks if size}, [joules_per_token(r.runs) for r in results]
+    sizes = [r.weight_bytes for r in results]
+    peaks = [peak_bytes(r) for r in results]
+    rows = []
+    kinds = {kind for size, kind in peaks if size}
+    joules = [joules_per_token(r.runs) for r in results]
     for i, (r, cell) in enumerate(zip(results, bars(sizes, [*map(gib, sizes)]), strict=True)):
         peak, kind = peaks[i]
         shown = gib(peak) + (f" {kind}" if peak and len(kinds) > 1 else "")
@@ -1212,7 +1212,8 @@ def expected_table(results: list[Result]) -> list[Any]:
         reasons += [e.reason] if e.reason and e.verdict == "not met" else []
     if not rows:
         return []
-    title, columns = "Expected of Quanto, and measured", ("expected", "of", "measured", "verdict")
+    title = "Expected of Quanto, and measured"
+    columns = ("expected", "of", "measured", "verdict")
     return table(title, columns, rows, left=4) + reasons + [""] * bool(reasons)
 
 
@@ -1224,7 +1225,7 @@ def kernel_lines(results: list[Result]) -> list[Any]:
             calls = ", ".join(f"{count} {name}" for name, count in r.kernels.items())
             lines.append(escape(f"{r.label}: {calls}"))
         mended = "" if r.settings.quanto_kernels else " (mended here)"
-        lines += [escape(f"{r.label}: {text}{mended}") for text in r.defects]
+        lines += [escape(f"{r.label}: {text}{mended}") for text in r.defects.values()]
     lines += cudnn_lines(results)
     return ["[bold]### Kernels of one eager decode step[/]", "", *lines, ""] if lines else []
 
@@ -1246,7 +1247,8 @@ def cudnn_lines(results: list[Result]) -> list[str]:
 
 def answers(results: list[Result]) -> list[Any]:
     """The beginning of each precision's first answer."""
-    most, rows = 200 if len(results) > 1 else 400, []
+    most = 200 if len(results) > 1 else 400
+    rows = []
     for r in results:
         text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())
         text = text.rstrip("\ufffd")  # half a character, cut by the end
@@ -1282,11 +1284,13 @@ def against(r: Result, base: Result) -> list[str]:
 
     steps = [one.compiled.runs if one.compiled else [] for one in (r, base)]
     cells = [speed(r.runs, base.runs), speed(*steps), "–", "–"]
-    (peak, kind), (before, base_kind) = peak_bytes(r), peak_bytes(base)
+    peak, kind = peak_bytes(r)
+    before, base_kind = peak_bytes(base)
     if peak and before and kind == base_kind:
         cells[2] = f"{format_3g(peak / before)} x"
     if r.quality and base.quality and r.quality.reference == base.quality.reference:
-        (low, high), (least, most) = kl_interval(r.quality), kl_interval(base.quality)
+        low, high = kl_interval(r.quality)
+        least, most = kl_interval(base.quality)
         cells[3] = "less" if high < least else "more" if low > most else "about the same"
     return cells
 
@@ -1295,17 +1299,21 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
     """What differs between saved files, and a table of their results."""
     names = [Path(file).stem for file in files]
     names = [escape(name) for name in (names if len(set(names)) == len(names) else files)]
-    facts, lines, rows = [file_facts(b) for b in benchmarks], [], []
+    facts = [file_facts(b) for b in benchmarks]
+    lines = []
+    rows = []
     for key in dict.fromkeys(key for known in facts for key in known):
         values = [escape(str(known.get(key, "–"))) for known in facts]
         if len(set(values)) > 1:
             lines.append(f"{key}: {'; '.join(map(' '.join, zip(names, values, strict=True)))}")
-    first, other = {r.name: r for r in benchmarks[0].results}, benchmarks[0].results[0]
+    first = {r.name: r for r in benchmarks[0].results}
+    other = benchmarks[0].results[0]
     changes: list[list[str]] = []
     for name, benchmark in zip(names, benchmarks, strict=True):
         for r in benchmark.results:
             rates = [rate_text(r.runs), rate_text(r.compiled.runs if r.compiled else [])]
-            sizes, base = [gib(r.weight_bytes), gib(peak_bytes(r)[0])], first.get(r.name, other)
+            sizes = [gib(r.weight_bytes), gib(peak_bytes(r)[0])]
+            base = first.get(r.name, other)
             rows.append([f"{name} {row_label(r)}", *rates, *sizes, kl_text(r.quality)])
             changes += [[f"{name} {r.label}", *against(r, base)]] if r is not base else []
     columns = ("result", "decode tok/s", "compiled", "weights", "peak", "KL nats")
@@ -1352,7 +1360,8 @@ class Interruption:
     """Ctrl-C, SIGTERM or SIGHUP, remembered: nothing is raised, the worker is ended, its figures stand."""
 
     def __init__(self) -> None:
-        self.seen, self.process = False, None
+        self.seen = False
+        self.process = None
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name):  # Windows has no SIGHUP
                 signal.signal(getattr(signal, name), self)
@@ -1384,7 +1393,8 @@ class View:
         # half of rich's own rate: drawing takes half a millisecond from the runs each time
         options = {"transient": True, "refresh_per_second": 5, "disable": not self.console.is_terminal}
         self.progress = Progress(*columns, console=self.console, **options)
-        self.task, self.prefix = self.progress.add_task("starting"), ""
+        self.task = self.progress.add_task("starting")
+        self.prefix = ""
 
     def log(self, text: str) -> None:
         self.console.print(self.prefix + text, markup=False, soft_wrap=not self.console.is_terminal)
@@ -1434,13 +1444,16 @@ def follow(
     lines: queue.Queue, result: Result, view: View, save: Callable[[Result], None]
 ) -> tuple[Result, str | None]:
     """Pass on what a worker says until it ends: its last Result, and a failure if it fell silent instead."""
-    step, limit, heard = "importing torch and transformers", SILENCE_S, time.monotonic()
+    step = "importing torch and transformers"
+    limit = SILENCE_S
+    heard = time.monotonic()
     view.status(step)
     while True:
         try:
             line = lines.get(timeout=0.5)
         except queue.Empty:
-            silent, ended = time.monotonic() - heard, result.complete or result.failure
+            silent = time.monotonic() - heard
+            ended = result.complete or result.failure
             if ended and silent > EXIT_S:
                 return result, None
             if not ended and limit is not None and silent > limit:
@@ -1513,7 +1526,8 @@ def measure_all(
     if not s.compare:
         run_worker(s, None, view, save, stop, debug)
         return
-    names, began = sorted((p or "none" for p in s.compare), key=PRECISIONS.index), time.monotonic()
+    names = sorted((p or "none" for p in s.compare), key=PRECISIONS.index)
+    began = time.monotonic()
     both = " eager, and the same of the compiled step" if s.compile else ""
     view.log(
         f"{', '.join(names)}: {plural(s.runs, 'run')} each{both}; the time to go follows after the first"
@@ -1644,15 +1658,12 @@ if __name__ == "__main__":
     JOBS: queue.Queue = queue.Queue()
     threading.Thread(target=listen_to_parent, args=(JOBS,), daemon=True).start()
 
-import concurrent.futures
 import copy
-import ctypes
 import io
 import platform
 import traceback
 import types
 import warnings
-from collections import defaultdict
 from importlib.metadata import version
 
 import huggingface_hub
@@ -1700,8 +1711,7 @@ GENERATION = (  # the settings of generate() that the report names
 PLANNED_TOKENS = 24  # to see what cuDNN's attention costs: two seconds
 CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
 SMALLER = "ask for fewer tokens, or take a smaller model"
-TORCH_COMPILE_PAIRS = 5  # of torch.compile(model) as written
-TORCH_COMPILE_S = 300  # that it may be silent, for the day when it compiles
+TORCH_COMPILE_S = 300  # that torch.compile(model) may be silent, for the day when it compiles
 ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
 QWEN2_5_3B = {  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs no network
     "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -1755,8 +1765,8 @@ def first_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------- devices
 
 
-# Another kind of device concerns, besides this section: RULES, `memory_of`, `snapshot`, `set_up` (its cache),
-# the clock of `generate`, OUT_OF_MEMORY, INT4_ROWS, and of the compiled step PerChannelLinear,
+# Another kind of device concerns, besides this section: Settings, `memory_of`, `snapshot`, `set_up` (its
+# cache), the clock of `generate`, OUT_OF_MEMORY, INT4_ROWS, and of the compiled step PerChannelLinear,
 # `window_attention` and DecodeStep.
 
 
@@ -1765,11 +1775,13 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
 
     Raises Failure where there is none.
     """
-    notes, has_cuda = [], torch.cuda.is_available()
+    notes = []
+    has_cuda = torch.cuda.is_available()
     if wanted != "cpu" and not has_cuda:
         with contextlib.suppress(pynvml.NVMLError):  # no driver
             pynvml.nvmlInit()
-            gpu, build = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)), torch.__version__
+            gpu = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+            build = torch.__version__
             cure = "for +cpu, pip install torch --index-url https://download.pytorch.org/whl/cu130; otherwise"
             cure += " the driver is too old, or CUDA_VISIBLE_DEVICES hides the GPU"
             notes.append(f"NVIDIA's driver sees {gpu}, but this torch ({build}) cannot use it: {cure}")
@@ -1837,7 +1849,8 @@ def synchronize(devices: list[str]) -> None:
 
 def describe_environment(devices: list[str], handles: dict[str, Any]) -> dict[str, str]:
     """Hardware and versions: a benchmark's are part of its result."""
-    cpu, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (named := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
         cpu = named[1]
     info = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
@@ -1906,7 +1919,8 @@ def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callabl
     for device in devices:
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
-    seen, ended = {}, threading.Event()
+    seen = {}
+    ended = threading.Event()
 
     def look() -> dict[str, int]:
         for name, value in snapshot(devices, handles, cuda="").items():
@@ -1949,14 +1963,33 @@ def stored_bytes(tensors: Iterable) -> int:
 SMALL_FILES = r"[^/]+\.(json|txt|model|tiktoken|jinja|py|spm|vocab|bpe)"  # that from_pretrained reads
 
 
-class ByteCounter(tqdm):
-    """Draws nothing. huggingface_hub has a bar for bytes received, one for bytes written, one for files."""
+def progress_bars(title: str, total: int, plain_lines: bool) -> type[tqdm]:
+    """Bars for huggingface_hub that draw nothing and tell the program how much of `total` bytes is here.
 
-    bars: ClassVar[list[ByteCounter]] = []
+    It has one for bytes received, one for bytes written and one for files: the one ahead is told. They are
+    called from threads, `display` under tqdm's lock. A total of 0 keeps them silent.
+    """
+    form = "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
+    pause_s = 30 if plain_lines else 0.3
+    begin = told_at = time.monotonic()
+    told = 0
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"file": io.StringIO(), "disable": False})
-        self.bars.append(self)
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            every_update = {"mininterval": 0, "miniters": 1}
+            super().__init__(*args, **options | every_update | {"file": io.StringIO(), "disable": False})
+
+        def display(self, *_: Any, **__: Any) -> None:
+            nonlocal told, told_at
+            now = time.monotonic()
+            here = min(total, self.n)
+            if self.unit != "B" or here <= told or now - told_at < pause_s:
+                return
+            told, told_at = here, now
+            meter = tqdm.format_meter(told, total, now - begin, unit="B", unit_scale=True, bar_format=form)
+            log(f"{title}: {meter}") if plain_lines else status(f"{title}: {meter}", told / total)
+
+    return Bar
 
 
 def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> str | None:
@@ -1974,7 +2007,8 @@ def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> 
     except Failure:
         raise
     except Exception as error:  # the Hub's client raises its own, the operating system's and httpx's
-        config, why = huggingface_hub.try_to_load_from_cache(model_name, "config.json"), first_line(error)
+        config = huggingface_hub.try_to_load_from_cache(model_name, "config.json")
+        why = first_line(error)
         folder = os.path.dirname(config) if isinstance(config, str) else None
         if folder and (random_weights or weight_names(folder, os.listdir(folder))):
             log(f"{model_name}: taken as it is cached here ({why})")
@@ -1994,32 +2028,23 @@ def download_model(model_name: str, random_weights: bool, plain_lines: bool) -> 
 
 def download_files(model_name: str, with_weights: bool, plain_lines: bool) -> str:
     """The latest snapshot's folder; says how far it is. Raises Failure, or what huggingface_hub raises."""
-    info = huggingface_hub.HfApi().model_info(model_name, files_metadata=True, timeout=10)
-    size_of = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    get = functools.partial(huggingface_hub.snapshot_download, model_name, tqdm_class=ByteCounter)
-    folder = get(allow_patterns=[name for name in size_of if re.fullmatch(SMALL_FILES, name)])
+    info = huggingface_hub.HfApi().model_info(model_name, timeout=10)
+    title = f"getting {model_name}"
+    files = [file.rfilename for file in info.siblings or ()]
+    get = functools.partial(huggingface_hub.snapshot_download, model_name)
+    silent = progress_bars(title, 0, plain_lines)
+    small = [name for name in files if re.fullmatch(SMALL_FILES, name)]
+    folder = get(allow_patterns=small, tqdm_class=silent)
     if not with_weights:
         return folder
-    if not (names := weight_names(folder, size_of)):
+    if not (names := weight_names(folder, files)):
         raise Failure(f"{model_name} holds no weights for transformers: of GGUF or PEFT, take the base model")
-    missing = [name for name in names if not Path(folder, name).exists()]
-    if not missing:
-        return folder
-    total = max(1, sum(size_of[name] for name in missing))
-    log(f"getting {model_name}: {tqdm.format_sizeof(total)}B of weights")
-    ByteCounter.bars.clear()
-    begin, form = time.monotonic(), "{n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        download = pool.submit(get, allow_patterns=missing)
-        while not concurrent.futures.wait([download], 30 if plain_lines else 0.3).done:
-            counted, seconds = [b.n for b in ByteCounter.bars if b.unit == "B"], time.monotonic() - begin
-            done = min(total, max(counted, default=0))
-            meter = tqdm.format_meter(done, total, seconds, unit="B", unit_scale=True, bar_format=form)
-            if plain_lines:
-                log(f"getting {model_name}: {meter}")
-            else:
-                status(f"getting {model_name}: {meter}", done / total)
-        return download.result()
+    # not all that this commit's folder lacks: files that did not change are cached with an earlier one
+    planned = get(allow_patterns=names, tqdm_class=silent, dry_run=True)
+    total = sum(file.file_size or 0 for file in planned if file.will_download)
+    if total:
+        log(f"{title}: {tqdm.format_sizeof(total)}B of weights")
+    return get(allow_patterns=names, tqdm_class=progress_bars(title, total, plain_lines))
 
 
 def weight_names(folder: str, files: Iterable[str]) -> list[str]:
@@ -2036,7 +2061,8 @@ def weight_names(folder: str, files: Iterable[str]) -> list[str]:
 
 def check_architecture(name: str, config: transformers.PreTrainedConfig) -> None:
     """Raises Failure for what AutoModelForCausalLM cannot load, or loads without what was trained."""
-    kind, classes = config.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = config.model_type
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return
     # a bare …Model may be fine, with its output tied to its input: loading tells
@@ -2104,25 +2130,10 @@ def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
 
 
 def load_peak_bytes(weight_bytes: int, largest_linear: int, weights: str | None) -> int:
-    """Bytes that loading takes at most, besides pages of the checkpoint's file, which the system can drop."""
+    """Bytes of tensors that loading holds at most; what glibc keeps of freed ones comes on top on a CPU."""
     # while a layer is quantized, copies in bfloat16, float32 and int8: measured were 10.4 bytes for each of
     # its numbers (int8 and float8) and 8 (int4 and int2) on a CPU, 9.8 (int8) on CUDA
     return weight_bytes + (10 * largest_linear if weights else 0)
-
-
-@contextlib.contextmanager
-def freed_memory_returned() -> Iterator[None]:
-    """Within, what loading frees goes back to the system; glibc would keep 1.3 GB beside int8's 3.4.
-
-    Afterwards glibc's limits are what they grow to in any process that has freed 32 MiB (man 3 mallopt).
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    mallopt = getattr(libc, "mallopt", lambda option, value: 0)
-    mmap_threshold, trim_threshold = -3, -1
-    mallopt(mmap_threshold, 2**20)
-    yield
-    mallopt(mmap_threshold, 2**25)
-    mallopt(trim_threshold, 2**26)
 
 
 @dataclass
@@ -2148,7 +2159,8 @@ def random_state(model: Any) -> dict[str, Any]:
     """Random weights for a meta model; not for a tied output embedding: from_pretrained would untie it."""
     torch.manual_seed(0)
     block = torch.randn(2**22).mul_(0.02).to(model.dtype)
-    state, tied = {}, model.all_tied_weights_keys
+    state = {}
+    tied = model.all_tied_weights_keys
     for name, tensor in model.state_dict().items():
         if name in tied or not tensor.is_floating_point():
             continue
@@ -2175,15 +2187,15 @@ def reference_file(folder: Path, mode: str) -> Iterator[BinaryIO]:
 
 INT4_ROWS = {"cpu": 16, "cuda": 8}  # TinyGemm, the 4-bit kernel, wants a number of rows divisible by this
 DEFECTS = {  # what was mended -> what Quanto as shipped does; "{}" layers
-    "int8 shape": "'s int8 can crash or answer wrongly on a CPU: {} layers have no multiple of 16 inputs",
+    "int8 shape": "'s int8 can crash or answer wrongly on a CPU: some layers have no multiple of 16 inputs",
     "strides": "'s kernel stops or crashes: it does not take activations as they lie in this model",
     "int4 shape": "'s int4 cannot be loaded here: its kernel does not take the output size of {} layers",
-    "zeros": "'s float8 answers NaN: {} layers have a row of zeros",
+    "zeros": "'s float8 answers NaN: some layers have a row of zeros",
     "extension": " compiles a C++ extension before the first answer",
     "bias": "'s float8 compiles a CUDA extension, which then leaves out the bias of up to {} layers",
     "routers": " makes plain linear layers of {} layers that do more",
 }
-MENDED: dict[str, set[int]] = defaultdict(set)  # one of DEFECTS -> addresses, one for each layer
+MENDED: set[str] = set()  # those of DEFECTS that were met so far
 
 
 def mend_quanto(leave_kernels: bool = False) -> None:
@@ -2217,13 +2229,13 @@ def mend_quanto(leave_kernels: bool = False) -> None:
 
     def multiply_contiguous(ctx, x, weight, bias):
         if not x.is_contiguous():
-            MENDED["strides"].add(0)
+            MENDED.add("strides")
         return multiply(ctx, x.contiguous(), weight, bias)
 
     def scale_above_zero(self, base, qtype, axis=None):
         scale = find_scale(self, base, qtype, axis)
         if qtype.is_floating_point and (scale == 0).any():
-            MENDED["zeros"].add(scale.data_ptr())
+            MENDED.add("zeros")
         return scale.masked_fill_(scale == 0, 1)
 
     WeightQBitsTensor.create = staticmethod(create_if_it_fits)
@@ -2257,10 +2269,10 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
     remainder, by loads that want multiples of 32 bytes as addresses: elsewhere it crashes or answers garbage.
     """
     if x.shape[-1] % 16:
-        MENDED["int8 shape"].add(weight.data_ptr())
+        MENDED.add("int8 shape")
         return qbytes_mm.qbytes_mm(x, weight, scale)
     if not x.is_contiguous() or x.data_ptr() % 32:
-        MENDED["strides"].add(0)
+        MENDED.add("strides")
         x = x.clone(memory_format=torch.contiguous_format)
     return qbytes_mm.shipped(x, weight, scale)
 
@@ -2289,12 +2301,16 @@ def modules_to_skip(model: Any) -> list[str]:
     return sorted(get_keys_to_not_convert(model)) + [f"{re.escape(name)}$" for name in routers(model)]
 
 
-def quanto_defects(model: Any) -> list[str]:
-    """Sentences of the report about a quantized model that has run: "as shipped, Quanto …"."""
-    layers = Counter({name: len(addresses) for name, addresses in MENDED.items()})
+def quanto_defects(model: Any) -> dict[str, str]:
+    """Those of DEFECTS that a quantized model met when it ran -> their sentences: "as shipped, Quanto …".
+
+    The number of layers stands where the model tells it.
+    """
+    layers = Counter(sorted(MENDED))  # that these were met, not how often
     layers["routers"] = len(routers(model))
     for module in linear_layers(model):
-        weight, (rows, columns) = module.weight.data, module.weight.shape
+        weight = module.weight.data
+        rows, columns = module.weight.shape
         if type(weight) is WeightQBitsTensor:
             if (weight._qtype.bits, weight._group_size, weight.dtype) != (4, 128, torch.bfloat16):
                 layers["extension"] += 1
@@ -2302,7 +2318,7 @@ def quanto_defects(model: Any) -> list[str]:
                 layers["int4 shape"] += 1
         elif hasattr(weight, "_qtype") and weight._qtype.is_floating_point and weight.is_cuda:
             layers["bias"] += module.bias is not None and rows % 64 == columns % 64 == 0
-    return [f"as shipped, Quanto{DEFECTS[name].format(count)}" for name, count in layers.items() if count]
+    return {n: f"as shipped, Quanto{DEFECTS[n].format(count)}" for n, count in layers.items() if count}
 
 
 def max_positions(config: transformers.PreTrainedConfig) -> float:
@@ -2354,7 +2370,8 @@ def place_model(bench: Bench, meta_model: Any, stored: int | None) -> None:
     `stored` bytes has a checkpoint that is quantized already, which no other precision can make smaller.
     Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried.
     """
-    s, largest = bench.settings, max((m.weight.numel() for m in linear_layers(meta_model)), default=0)
+    s = bench.settings
+    largest = max((m.weight.numel() for m in linear_layers(meta_model)), default=0)
     needed = stored or expected_bytes(meta_model, s.weights or "none")
     peak = load_peak_bytes(needed, largest, s.weights)
     roomy = next((d for d in bench.devices if max(needed * 1.1, peak) < memory_of(d)[0]), None)
@@ -2437,12 +2454,14 @@ def decode_weight_bytes(model: Any) -> int | None:
 
 # of CUDA and MPS, of the CPU on Linux and on Windows, of cuBLAS
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-KNOWN_ERRORS = {  # what an error's text says -> what the user is told
+MACHINE_LACKS = {  # what an error's text says -> what the user is told: not a failure of the model
     "No working C++ compiler": "needs a C++ compiler (apt install g++; Windows: Visual Studio Build Tools)",
     "Failed to find C compiler": "needs a C compiler (Linux: apt install gcc)",
     "Python.h": "needs Python's headers (apt install python3-dev)",
     "working triton": "needs a working Triton (pip install triton; on Windows triton-windows)",
     "No module named 'triton'": "needs Triton (pip install triton; on Windows triton-windows)",
+}
+KNOWN_ERRORS = {  # the same for failures
     "recognize this architecture": "this transformers does not know the model's architecture: upgrade it",
     "trust_remote_code": "the model runs code of its repository: read it, then add --trust-remote-code",
     # transformers integrations/quanto.py:42 takes one tensor a layer
@@ -2454,14 +2473,15 @@ KNOWN_ERRORS = {  # what an error's text says -> what the user is told
 
 def describe_error(error: Exception, advice: str) -> tuple[str, bool]:
     """An exception in the user's words, and whether this machine lacks something (else it is a failure)."""
-    text, doing = str(error), getattr(error, "step", "starting")
+    text = str(error)
+    doing = getattr(error, "step", "starting")
     if isinstance(error, Failure):
         return text, False
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
         return f"out of memory while {doing}: {advice}", False
-    for sign, told in KNOWN_ERRORS.items():
+    for sign, told in (MACHINE_LACKS | KNOWN_ERRORS).items():
         if sign.lower() in text.lower():
-            return told, told.startswith("needs")
+            return told, sign in MACHINE_LACKS
     told = f"{type(error).__name__} while {doing}: {first_line(error)} (--debug shows more)"
     return told, isinstance(error, NotImplementedError)  # no such operation on MPS
 
@@ -2530,34 +2550,6 @@ if triton:
         tl.store(y + row, tl.sum(total, 1) * factor, row < rows)
 
     @triton.jit
-    def groupwise_kernel(
-        x, data, scale, zero, y, rows, groups, chunk,
-        ROWS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-    ):  # fmt: skip
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        row, g, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, GROUPS), tl.arange(0, CHUNK)
-        total = tl.zeros((ROWS, GROUPS, CHUNK), tl.float32)
-        for first in tl.range(0, groups, GROUPS, num_stages=3):
-            group = row.to(tl.int64)[:, None] * groups + (first + g)[None, :]
-            filled = (first + g < groups)[:, None] & (c < chunk)[None, :]
-            inside = (row < rows)[:, None] & (first + g < groups)[None, :]
-            cell = data + group[:, :, None] * chunk + c[None, None, :]
-            packed = tl.load(cell, inside[:, :, None] & filled[None, :, :], 0)
-            dots, values = tl.zeros((ROWS, GROUPS, CHUNK), tl.float32), tl.zeros((GROUPS, CHUNK), tl.float32)
-            for i in tl.static_range(PARTS):
-                place = ((first + g) * PARTS + i)[:, None] * chunk + c[None, :]
-                value = tl.load(x + place, filled, 0.0).to(tl.float32)
-                q = (packed >> (8 // PARTS * i)) & (2 ** (8 // PARTS) - 1)
-                dots += q.to(tl.float32) * value[None, :, :]
-                values += value
-            factor = tl.load(scale + group, inside, 0.0).to(tl.float32)
-            offset = tl.load(zero + group, inside, 0.0).to(tl.float32)
-            total += dots * factor[:, :, None] + values[None, :, :] * offset[:, :, None]
-        tl.store(y + row, tl.sum(tl.sum(total, 2), 1), row < rows)
-
-    @triton.jit
     def split_kv(
         query, key, value, mask, out, top, total, group, size, scaling, stride,
         GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -2613,7 +2605,8 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Te
     Inductor's own reductions come out right only by minutes of tuning, and not every time. Also for
     unquantized weights.
     """
-    (rows, cols), y = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, cols = weight.shape
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
     # of 40 forms the fastest on an H100, for matrices of its size
     form = {"ROWS": 2, "BLOCK": 1024, "EARLY": False, "num_warps": 2}
     if weight.nbytes < GEMV_EARLY_BYTES:
@@ -2622,25 +2615,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Te
     return y
 
 
-@torch.library.custom_op("qwquanto::groupwise_gemv", mutates_args=())
-def groupwise_gemv(
-    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
-) -> torch.Tensor:
-    """A GroupwiseLinear's product for one token on CUDA: x [1, in], data [rows, groups, chunk], y [1, rows].
-
-    With Inductor's own sums int2's step was 40 % slower on an H100, and took twice as long to compile.
-    """
-    (rows, groups, chunk), y = data.shape, x.new_empty(1, len(data))
-    # of 20 forms the fastest on an H100
-    form = {"ROWS": 4, "GROUPS": 8, "CHUNK": triton.next_power_of_2(chunk), "num_warps": 2}
-    form["PARTS"] = x.shape[1] // groups // chunk
-    grid = (triton.cdiv(rows, form["ROWS"]),)
-    groupwise_kernel[grid](x, data, scale, zero, y, rows, groups, chunk, **form, **pdl_options())
-    return y
-
-
-for op in (gemv, groupwise_gemv):
-    op.register_fake(lambda x, data, *_: x.new_empty(*x.shape[:-1], len(data)))
+gemv.register_fake(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
 
 
 @torch.library.custom_op("qwquanto::flash_decode", mutates_args=())
@@ -2654,7 +2629,8 @@ def flash_decode(
     Inductor's sums read the keys for every head anew and run along the window on few processors: 2 and 15 us
     slower a layer at 256 and 2048 places on an H100.
     """
-    (_, heads, _, size), kv = query.shape, key.shape[1]
+    _, heads, _, size = query.shape
+    kv = key.shape[1]
     count, group, wide = mask.shape[-1] // 64, heads // kv, triton.next_power_of_2(size)
     part = query.new_empty(kv, count, group, size, dtype=torch.float32)
     top, total = part.new_empty(kv, count, group), part.new_empty(kv, count, group)
@@ -2683,7 +2659,8 @@ class DequantLinear(torch.nn.Module):
 
     def __init__(self, bias: torch.Tensor | None, **tensors: torch.Tensor) -> None:
         super().__init__()
-        self.bias, self.merged = bias, ()  # in a tuple, it is no submodule
+        self.bias = bias
+        self.merged = ()  # in a tuple, it is no submodule
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
@@ -2751,16 +2728,7 @@ class PerChannelLinear(DequantLinear):
 class GroupwiseLinear(DequantLinear):
     """4 or 2 bits, weight = q * scale + zero a group; data[row, group, i] packs elements i, i + chunk, …"""
 
-    rows: ClassVar = {"data": (0, 1), "scale": (0, 1), "zero": (0, 1)}
-
-    def __init__(self, bias: torch.Tensor | None, **tensors: torch.Tensor) -> None:
-        super().__init__(bias, **tensors)
-        self.gemv = self.data.is_cuda and triton is not None
-        self.merge_key = (self.data.shape[1:], self.scale.dtype) if self.gemv else None
-
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gemv and len(x) == 1:
-            return groupwise_gemv(x.contiguous(), self.data, self.scale, self.zero)
         groups, chunk = self.data.shape[1:]
         parts = x.shape[1] // groups // chunk
         bits = 8 // parts
@@ -2772,7 +2740,7 @@ class GroupwiseLinear(DequantLinear):
         # by their power of two (exact) takes less than shifting each weight. Four rows a loop, as above
         x = x.reshape(groups, parts, chunk).float()
         shifted = [(x[:, i] * 2.0 ** (-bits * i), (2**bits - 1) << (bits * i)) for i in range(parts)]
-        quarters = math.gcd(len(self.data), 4)
+        quarters = math.gcd(len(self.data), 4) if self.data.is_cpu else 1
         dots = []
         for data, scale in zip(self.data.chunk(quarters), self.scale.float().chunk(quarters), strict=True):
             dots.append((sum(x * (data & mask) for x, mask in shifted) * scale[:, :, None]).sum((1, 2)))
@@ -2849,20 +2817,24 @@ def merge_layers(model: Any) -> None:
         if len(layers) == 1:
             continue
         whole = {n: torch.cat([getattr(s, n) for s in layers], dim) for n, (dim, _) in kind.rows.items()}
-        merged, first = kind(None, **whole), 0
+        merged = kind(None, **whole)
+        first = 0
         for layer in layers:
             last = first + layer.scale.shape[kind.rows["scale"][0]]
             for n, (dim, unit) in kind.rows.items():
                 setattr(layer, n, whole[n].narrow(dim, first // unit, (last - first) // unit))
-            layer.merged, layer.part, first = (merged,), slice(first, last), last
+            layer.merged = (merged,)
+            layer.part = slice(first, last)
+            first = last
 
 
 class SharedProducts(CustomGraphPass):
     """Inductor pass: a product that several layers ask for (their `merged` one) is computed once."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        aten, ours, seen = torch.ops.aten, torch.ops.qwquanto, {}
-        products = ours.gemv, ours.groupwise_gemv, aten._weight_int4pack_mm, aten._weight_int8pack_mm
+        aten, ours = torch.ops.aten, torch.ops.qwquanto
+        seen = {}
+        products = ours.gemv, aten._weight_int4pack_mm, aten._weight_int8pack_mm
         pure = {op.default for op in (*products, aten.view, aten.reshape)}
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target in pure:
@@ -2872,7 +2844,7 @@ class SharedProducts(CustomGraphPass):
                     graph.erase_node(node)
 
     def uuid(self) -> str:
-        return "qwquanto.SharedProducts 4"  # Inductor's cache on disk goes by it
+        return "qwquanto.SharedProducts 5"  # Inductor's cache on disk goes by it
 
 
 INDUCTOR_OPTIONS = {
@@ -2991,7 +2963,9 @@ class DecodeStep:
     """This script's step: what generate() calls for each token after the first, and what that needs."""
 
     def __init__(self, model: Any, max_tokens: int) -> None:
-        self.model, self.graphs, self.own_attention = model, {}, model.config._attn_implementation
+        self.model = model
+        self.graphs = {}
+        self.own_attention = model.config._attn_implementation
         sizes = range(WINDOW, max_tokens + WINDOW, WINDOW)
         self.places = torch.arange(sizes[-1], device=model.device)
         self.windows = {size: self.places[:size].clone() for size in sizes}
@@ -3001,7 +2975,8 @@ class DecodeStep:
         self.cache = StaticCache(config=model.config, max_cache_len=1)
         # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
         self.cache.layers = [StepLayer(sizes[-1] + 16, self.position) for _ in self.cache.layers]
-        self.stepping, self.regions = False, regions_of(model, self.cache)
+        self.stepping = False
+        self.regions = regions_of(model, self.cache)
 
     def step(self, window: torch.Tensor) -> Any:
         mask = (window <= self.position)[None, None, None]
@@ -3064,7 +3039,8 @@ class DecodeStep:
             region.forward = run
         self.model.create_masks_for_generate = self.prompt_mask
         # generate() looks its loop up in the class
-        kind, loop = type(self.model), lambda model, *args, **options: self.sample(*args, **options)
+        kind = type(self.model)
+        loop = lambda model, *args, **options: self.sample(*args, **options)
         self.model.__class__ = type(kind.__name__, (kind,), {"_sample": loop, "__module__": kind.__module__})
 
     def run(
@@ -3108,7 +3084,8 @@ class DecodeStep:
         not wait, and at the end of an answer one step is in vain. With top_k, a token is drawn among those k,
         not among the vocabulary. Both together made int8 10 % faster on an H100.
         """
-        config, scores, logits = generation_config, (), ()
+        config = generation_config
+        scores, logits = (), ()
         top_k = logits_processor[-1] if config.do_sample and logits_processor else None
         if not isinstance(top_k, transformers.TopKLogitsWarper) or config.output_scores:
             top_k = None
@@ -3228,9 +3205,11 @@ def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
     Changes the model: afterwards its generate() needs CompiledDecode.options. Raises Failure for a model that
     cannot be compiled. Takes from seconds to minutes.
     """
-    max_tokens, before = max(max_tokens, 16), graphs_compiled()
+    max_tokens = max(max_tokens, 16)
+    before = graphs_compiled()
     check_compilable(model, max_tokens)
-    cache, step = static_cache(model, max_tokens), None
+    cache = static_cache(model, max_tokens)
+    step = None
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # where Triton launches and graphs are captured
     ordinary = model._supports_attention_backend and {type(layer) for layer in cache.layers} == {StaticLayer}
@@ -3288,12 +3267,6 @@ def compile_decode(model: Any, max_tokens: int) -> dict[str, Any]:
     return prepare_compiled_decode(model, max_tokens).options
 
 
-def mean_window(prompt_tokens: int, generated_tokens: int) -> float:
-    """Tokens of the static cache that a decode step reads, on average."""
-    steps = range(1, max(2, generated_tokens))
-    return statistics.fmean(-(-(prompt_tokens + i) // WINDOW) * WINDOW for i in steps)
-
-
 # ---------------------------------------------------------------------------------------------------- timing
 
 
@@ -3310,9 +3283,7 @@ class Bench:
     prompt: Any = None  # token ids, shape [1, prompt tokens]
     new_tokens: int = 0  # at most; exactly, in a comparison
     positions_left: float = 0  # that the model has after the prompt
-    decode_weight_bytes: int | None = None
     left_out_cudnn: bool = False  # its attention, see `leave_out_cudnn_attention`
-    cache: Any = None  # the KV cache of the latest generation
     compiled: Any = None  # the CompiledDecode, once there is one
 
 
@@ -3339,7 +3310,8 @@ def generate(
     than there are tokens (transformers generation/utils.py, DeferredStopCheck).
     """
     prompt = bench.prompt if prompt is None else prompt
-    device, shown = prompt.device, 0.0
+    device = prompt.device
+    shown = 0.0
     events = []  # of the start and of each token: CUDA's, or seconds
 
     def mark() -> None:
@@ -3369,8 +3341,8 @@ def generate(
     output = bench.model.generate(prompt, return_dict_in_generate=True, **options)
     synchronize(bench.devices)
     latency_s = time.perf_counter() - begin
-    bench.cache = getattr(output, "past_key_values", None)
-    new, first = output.sequences[0, prompt.shape[1] :].tolist(), events[0]
+    new = output.sequences[0, prompt.shape[1] :].tolist()
+    first = events[0]
     times = [first.elapsed_time(e) / 1000 if device.type == "cuda" else e - first for e in events[1:]]
     return new, times[: len(new)], latency_s
 
@@ -3409,7 +3381,8 @@ def warmup_runs(bench: Bench) -> list[Run]:
 
 def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: int) -> None:
     """`count` timed runs, the Result's own or its Compiled's, each handed on at once with a line."""
-    kind, runs = "eager " * bench.settings.compile, target.runs
+    kind = "eager " * bench.settings.compile
+    runs = target.runs
     if target is not result:
         kind = "compiled "
     with peak_memory(bench.devices, bench.handles) as peak:
@@ -3419,33 +3392,10 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
             run = run_once(bench, bench.settings.seed + i, left + name)
             runs.append(run)
             result.memory["peak of runs" if target is result else "peak of compiled runs"] = peak()
-            target.bytes_per_token = decode_read_bytes(bench, run)
-            target.bandwidth_utilization = utilization(result, runs, target.bytes_per_token)
+            target.bandwidth_utilization = utilization(result, runs)
             save(result)
             tokens, rate = plural(run.generated_tokens, "token"), format_3g(run.decode_tokens_per_s)
             log(f"{name}: {tokens}, {rate} tokens/s, {run.latency_s:.1f} s")
-
-
-def decode_read_bytes(bench: Bench, run: Run) -> int | None:
-    """Bytes that a decode step of a run must read on average, weights and cache; None where that is unknown.
-
-    Keys and values that grow with the context are read in proportion; sliding windows and states whole.
-    """
-    prompt, new, cached = run.prompt_tokens, run.generated_tokens, 0.0
-    filled, read = prompt + new - 1, prompt + new / 2
-    if bench.compiled:  # a static cache, longer than what is filled
-        filled = bench.cache.layers[0].keys.shape[-2]
-        if bench.compiled.way == STATIC_CACHE:
-            read = filled
-        elif bench.prompt.device.type == "cpu":
-            read = mean_window(prompt, new)
-    for layer in getattr(bench.cache, "layers", ()):
-        held = torch.utils._pytree.tree_leaves(vars(layer))
-        size = stored_bytes(t for t in held if isinstance(t, torch.Tensor) and t.dim() > 1)
-        keys = getattr(layer, "keys", None)
-        grows = isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.shape[-2] == filled
-        cached += size * read / filled if grows else size
-    return int(bench.decode_weight_bytes + cached) if bench.decode_weight_bytes and cached else None
 
 
 def measure_prefill(bench: Bench, result: Result) -> None:
@@ -3503,22 +3453,11 @@ def cudnn_attention(bench: Bench) -> dict[str, float]:
 
 
 def try_torch_compile(bench: Bench, result: Result) -> None:
-    """`model = torch.compile(model)` as introductions have it: wrapped and bare generate() in turn."""
-    # on a slow machine fewer, so that all of it takes about twice MAX_SECONDS
-    rate = decode_rate(result.runs) or math.inf
-    tokens = int(min(bench.new_tokens, 32, max(2, rate * bench.settings.max_seconds / TORCH_COMPILE_PAIRS)))
-    options = generation_options(bench) | {"max_new_tokens": tokens, "eos_token_id": None}
-    wrapped, graphs = dataclasses.replace(bench, model=torch.compile(bench.model)), graphs_compiled()
-    found = TorchCompile(graphs=0, new_tokens=tokens)
-    title = "torch.compile(model) as written"
-    generate(wrapped, title, **options)  # compiles, on the day when it does
-    for i in range(TORCH_COMPILE_PAIRS):
-        pair = [(found.wrapped_s, wrapped), (found.bare_s, bench)]
-        for seconds, one in pair if i % 2 else pair[::-1]:
-            torch.manual_seed(bench.settings.seed)
-            seconds.append(generate(one, title, **options)[-1])
-    found.graphs = graphs_compiled() - graphs
-    result.torch_compile = found
+    """Count what `model = torch.compile(model)`, as introductions have it, compiles for a few tokens."""
+    wrapped = dataclasses.replace(bench, model=torch.compile(bench.model))
+    graphs = graphs_compiled()
+    generate(wrapped, "torch.compile(model) as written", max_new_tokens=4, do_sample=False)
+    result.torch_compile_graphs = graphs_compiled() - graphs
     save(result)
 
 
@@ -3593,10 +3532,12 @@ def tokenize(s: Settings, tokenizer: Any, config: transformers.PreTrainedConfig)
 
 def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None, Any]:
     """All that can fail before loading: device, files, question; returns the folder and the meta model."""
-    s, result.concerns_all = bench.settings, True
+    s = bench.settings
+    result.concerns_all = True
     with step("looking for a device"):
         bench.devices, notes = choose_devices(s.device)
-        result.devices, result.notes = bench.devices, notes + busy_note("at the start")
+        result.devices = bench.devices
+        result.notes = notes + busy_note("at the start")
         for note in result.notes:
             log(note)
     with step("getting the model", timeout_s=None):
@@ -3610,7 +3551,8 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
         result.concerns_all = False
         place_model(bench, meta_model, stored)
         bench.handles, notes = nvml_handles(bench.devices)
-        result.devices, result.notes = bench.devices, result.notes + notes
+        result.devices = bench.devices
+        result.notes = result.notes + notes
         result.environment = describe_environment(bench.devices, bench.handles)
     with step("measuring the memory's bandwidth"):
         result.memory_bytes_per_s = {device: memory_bandwidth(device) for device in bench.devices}
@@ -3624,23 +3566,17 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
 def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> None:
     """Load the model and ready it for its runs; time, memory and weights go into the Result."""
     s = bench.settings
-    if s.quanto_kernels and s.weights:
-        # what Quanto would compile at first use; if a killed build left a `lock` file, the time limit ends it
-        with step("building Quanto's own kernels"):
-            for name, registered in extension._extensions.items():
-                if name in ("quanto_cpp", f"quanto_{bench.devices[0].split(':')[0]}"):
-                    _ = registered.lib
     with step("loading the model", timeout_s=None):
         bench.left_out_cudnn = leave_out_cudnn_attention(s.quanto_kernels)
         begin = time.perf_counter()
-        with freed_memory_returned(), peak_memory(bench.devices, bench.handles) as peak:
+        with peak_memory(bench.devices, bench.handles) as peak:
             bench.model = load_model(s, folder, meta_model, bench.devices)
             synchronize(bench.devices)
             result.load_s = time.perf_counter() - begin
             result.memory |= {"after load": snapshot(bench.devices, bench.handles), "peak of load": peak()}
         for name, value in weight_stats(bench.model, bench.devices).items():
             setattr(result, name, value)
-        bench.decode_weight_bytes = decode_weight_bytes(bench.model)
+        result.bytes_per_token = decode_weight_bytes(bench.model)
         save(result)
     with step("running the model"):
         bench.prompt = bench.prompt.to(bench.model.get_input_embeddings().weight.device)
@@ -3654,7 +3590,8 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
 
 def measure_compiled(bench: Bench, result: Result, reference: Path | None) -> None:
     """Ready this script's compiled decode step, time it and hold its answers against the reference too."""
-    s, tokens = bench.settings, bench.prompt.shape[1]
+    s = bench.settings
+    tokens = bench.prompt.shape[1]
     judged = min(s.quality_tokens, bench.positions_left) if reference else 0
     longest = tokens + max(bench.new_tokens, judged)
     log(f"compiling the decode step for up to {longest} tokens: this takes half a minute or so")
@@ -3679,7 +3616,8 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
 
     `reference` is the folder for the answer that quality is judged on, of a comparison.
     """
-    s, bench = result.settings, Bench(result.settings)
+    s = result.settings
+    bench = Bench(result.settings)
     reference = Path(reference) if reference and s.quality_tokens and not s.random_weights else None
     try:
         load(bench, result, *set_up(bench, result, on_terminal))
@@ -3689,13 +3627,14 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
             timed_runs(bench, result, result, 1 if s.compile and not s.compare else s.runs)
             result.kernels, result.kernel_s = profile_a_step(bench)
             result.cudnn_attention_s = cudnn_attention(bench)
-            result.defects = quanto_defects(bench.model) if s.weights else []
+            result.defects = quanto_defects(bench.model) if s.weights else {}
         with step("measuring prefill"):
             measure_prefill(bench, result)
         if reference:
             with step("measuring quality"):
                 result.quality = measure_quality(bench, result, reference)
-                save(result)
+        result.eager_complete = True
+        save(result)
         if s.compile and s.compare and s.weights == "int8":
             with step("trying torch.compile(model) as written", timeout_s=TORCH_COMPILE_S):
                 try_torch_compile(bench, result)

@@ -13,7 +13,7 @@ import sys
 import time
 
 import torch
-from conftest import alternate
+from conftest import alternate, paired_interval
 
 import qwquanto as q
 
@@ -48,7 +48,7 @@ def main(argv: list[str], pairs: int = 24) -> None:
         q.synchronize(devices)
         return time.perf_counter() - begin
 
-    ratio, low, high = q.paired_interval(*alternate(measured, plain, pairs))
+    ratio, low, high = paired_interval(*alternate(measured, plain, pairs))
     tokens = f"{pairs} pairs of {s.compare_tokens} tokens"
     print(f"{tokens}: mean ratio {ratio:.4f}, 95 % interval {low:.4f} to {high:.4f}")
 

@@ -1,7 +1,9 @@
 """What the tests share: a tiny model that has learnt one sentence, and the script as a real process."""
 
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -117,6 +119,16 @@ def alternate(measured, plain, pairs):
         for job in (measured, plain) if i % 2 else (plain, measured):
             times[job].append(job(i))
     return times[measured], times[plain]
+
+
+def paired_interval(values, base):
+    """Geometric mean of pairs' ratios, and its 95 % interval: Student's t on logarithms."""
+    from qwquanto import student_t
+
+    logs = [math.log(a / b) for a, b in zip(values, base, strict=True)]
+    half = student_t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    center = statistics.fmean(logs)
+    return math.exp(center), math.exp(center - half), math.exp(center + half)
 
 
 # ------------------------------------------------------------------------------------ the script as a process

@@ -22,6 +22,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     rates: dict[str, float] = field(default_factory=dict)
     url: str = ""
+    commit: str = COMMIT  # the latest one
     downloads: list[str] = field(default_factory=list)  # MODEL/FILE asked for, in order
 
     def files(self, model: str) -> list[Path]:
@@ -95,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name, "size": size} for name, size in named]
             told = {
                 "id": model,
-                "sha": COMMIT,
+                "sha": self.hub.commit,
                 "siblings": siblings,
                 "private": False,
                 "tags": [],
@@ -113,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self.refuse(404, "EntryNotFound", f"no {name}")
         data, code = path.read_bytes(), 200
-        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": self.hub.commit, "Accept-Ranges": "bytes"}
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(asked[1]), int(asked[2] or len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"

@@ -376,11 +376,6 @@ def test_large_scores_in_float16_stay_finite():
     assert torch.allclose(found.double(), wanted, rtol=1e-2)
 
 
-def test_the_mean_window_that_a_decode_step_reads():
-    assert q.mean_window(16, 100) == 256
-    assert q.mean_window(254, 5) == (256 + 256 + 512 + 512) / 4
-
-
 def test_upstream_still_refuses_to_compile_quanto():
     """Once this fails, `model.hf_quantizer = None` in `prepare_compiled_decode` can go."""
     from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer

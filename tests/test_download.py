@@ -171,6 +171,18 @@ def test_a_slow_file_shows_how_far_it_is(models, tmp_path):
     assert len(set(rests)) > 1
 
 
+def test_a_new_commit_with_the_same_weights_gets_what_is_new(models, tmp_path):
+    """And says nothing of weights that are here."""
+    with hub.serve(models) as here:
+        (before,), err = get(tmp_path, here.url, MODEL)
+    assert "log: getting them/model: " in err
+    with hub.serve(models, commit="f" * 40) as again:
+        (after,), err = get(tmp_path, again.url, MODEL)
+    assert Path(after).name == "f" * 40 != Path(before).name
+    assert weights(after) == weights(before) and "getting" not in err
+    assert again.downloads == []
+
+
 def test_a_download_that_is_killed_keeps_complete_files(models, tmp_path):
     with hub.serve(models, rates={LAST: 10}) as here:
         process = start(tmp_path, here.url, MODEL)

@@ -1,6 +1,7 @@
 """What a checkpoint is told to be before anything of it is loaded, random weights, and a full disk."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from results import settings
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import qwquanto
 from qwquanto import (
     Bench,
     check_checkpoint,
@@ -132,6 +134,31 @@ def test_damage_is_named(tiny, tmp_path):
     assert check(folder).startswith(f"{folder}/model.safetensors is damaged (")
     (folder / "model.safetensors").unlink()
     assert "lacks model.safetensors or a shard of it" in check(folder)
+
+
+@pytest.mark.parametrize("plain_lines", [True, False])
+def test_a_download_is_told_by_the_bar_ahead_now_and_then(monkeypatch, plain_lines):
+    """Every 30 s where lines stay, else three times a second; never backwards, never of a count of files."""
+    now, said = [100.0], []
+    monkeypatch.setattr(qwquanto.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(qwquanto, "send", lambda **message: said.append(message))
+    kind = qwquanto.progress_bars("getting it", 100, plain_lines)
+    received, written, files = kind(unit="B", total=0), kind(unit="B", total=0), kind(unit="it", total=2)
+    for seconds, bar, count in (
+        (1, received, 10), (29, received, 20), (0, written, 30), (1, written, 10), (30, received, 20),
+        (30, files, 1), (30, written, 70),
+    ):  # fmt: skip
+        now[0] += seconds
+        bar.update(count)
+    shown = [re.match(r"getting it: (.*B) of 100B", m.get("log") or m["status"])[1] for m in said]
+    assert (
+        shown == ["30.0B", "50.0B", "100B"] if plain_lines else ["10.0B", "30.0B", "40.0B", "50.0B", "100B"]
+    )
+    assert all(("log" in message) == plain_lines for message in said)
+    silent = qwquanto.progress_bars("getting it", 0, plain_lines)(unit="B")
+    now[0] += 60
+    silent.update(5)
+    assert len(said) == len(shown)
 
 
 @pytest.mark.parametrize("tie", [True, False])

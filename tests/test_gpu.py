@@ -18,7 +18,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import SCRIPT, alternate, arguments
+from conftest import SCRIPT, alternate, arguments, paired_interval
 from optimum.quanto import QLinear, qfloat8, qint2, qint4, qint8
 from results import settings
 
@@ -141,7 +141,7 @@ def test_speed(bench):
         while high / low > most and len(made[0]) < 96:
             for seconds, more in zip(made, alternate(measured, plain, 16), strict=True):
                 seconds += more
-            ratio, low, high = q.paired_interval(*made)
+            ratio, low, high = paired_interval(*made)
         print(f"| {name} | {ratio:.4f} ({low:.4f} to {high:.4f}) | 1 | |", flush=True)
         assert low >= 1 / most and high <= most, name
 

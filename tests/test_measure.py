@@ -170,13 +170,16 @@ def test_prefill_is_512_tokens_a_median_and_a_single_one_on_a_slow_machine(time)
 
 
 def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time():
-    r = q.Result(settings(), memory_bytes_per_s={"cuda:0": 3000.0, "cuda:1": 500.0})
+    r = q.Result(settings(), memory_bytes_per_s={"cuda:0": 3000.0, "cuda:1": 500.0}, bytes_per_token=400)
     r.device_weight_bytes = {"cuda:0": 300, "cuda:1": 100}
-    assert q.utilization(r, [run_of(2.0)], 400) == pytest.approx((0.1 + 0.2) * 2)
-    assert q.utilization(r, [run_of(2.0)], 800) == pytest.approx((0.2 + 0.4) * 2)  # the cache, too, is spread
-    assert q.utilization(r, [run_of(2.0)], None) is None
+    assert q.utilization(r, [run_of(2.0)]) == pytest.approx((0.1 + 0.2) * 2)
+    r.bytes_per_token = 200  # half of them: an untied input embedding
+    assert q.utilization(r, [run_of(2.0)]) == pytest.approx(0.1 + 0.2)
+    r.bytes_per_token = None
+    assert q.utilization(r, [run_of(2.0)]) is None
+    r.bytes_per_token = 400
     del r.memory_bytes_per_s["cuda:1"]
-    assert q.utilization(r, [run_of(2.0)], 400) is None
+    assert q.utilization(r, [run_of(2.0)]) is None
 
 
 def test_nvml_finds_the_gpu_by_uuid_not_by_number(monkeypatch):
@@ -238,14 +241,15 @@ def test_a_busy_processor_is_noted(monkeypatch):
         assert len(q.busy_note("at the start")) == notes
 
 
-@pytest.mark.parametrize(("gap", "tokens"), [(0.1, 32), (6, 2)])  # five pairs, MAX_SECONDS of 60
-def test_torch_compile_as_written_takes_no_longer_than_a_few_runs(time, messages, monkeypatch, gap, tokens):
-    monkeypatch.setattr(torch, "compile", lambda model: model)
-    mine, result = bench(FakeModel(time, [1] * 40, gap), 40), q.Result(settings())
-    result.runs = [q.run_once(mine, 0, "run")]
+@pytest.mark.parametrize("graphs", [0, 3])
+def test_torch_compile_as_written_is_a_few_tokens_and_a_count_of_graphs(time, messages, monkeypatch, graphs):
+    mine, counts = bench(FakeModel(time, [1] * 40), 40), iter((5, 5 + graphs))
+    wrapped, result = FakeModel(time, [1] * 40), q.Result(settings())
+    monkeypatch.setattr(torch, "compile", lambda model: wrapped)
+    monkeypatch.setattr(q, "graphs_compiled", lambda: next(counts))
     q.try_torch_compile(mine, result)
-    assert [call["max_new_tokens"] for call in mine.model.calls] == [40] + [tokens] * 11
-    assert (result.torch_compile.new_tokens, result.torch_compile.graphs) == (tokens, 0)
+    assert [call["max_new_tokens"] for call in wrapped.calls] == [4] and mine.model.calls == []
+    assert result.torch_compile_graphs == graphs
 
 
 def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch, messages):

@@ -3,14 +3,12 @@
 import inspect
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUESTION, make_model
 from optimum.quanto.library.extensions import extension
 from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearFunction
-from results import run as run_of
 from results import settings
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, QuantoConfig
 
@@ -66,33 +64,6 @@ def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):
         model = load(make_model(tmp_path / str(tied), steps=0, tie=tied), "int8")
         read[tied] = q.decode_weight_bytes(model)
     assert read[True] == read[False]
-
-
-def test_bytes_read_of_the_cache_that_generate_filled(tmp_path):
-    """Keys and values in bf16 of 2 layers, 2 heads of width 32; the mean position of what a step reads."""
-    model = load(make_model(tmp_path, steps=0), "int8")
-    output = model.generate(
-        torch.tensor([[40, 41, 42]]), max_new_tokens=8, eos_token_id=None, pad_token_id=0, do_sample=False,
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    a_token = 2 * 2 * 2 * 2 * 32  # bytes, keys and values, layers, heads, width
-    bench, run = q.Bench(settings(), decode_weight_bytes=1000), run_of(2.0, tokens=8, prompt_tokens=3)
-    assert q.decode_read_bytes(bench, run) is None  # no cache that is known
-    bench.cache = output.past_key_values  # of 10 tokens: the last one is never fed
-    assert q.decode_read_bytes(bench, run) == 1000 + 7 * a_token
-    bench.decode_weight_bytes = None
-    assert q.decode_read_bytes(bench, run) is None
-
-
-def test_windows_and_states_are_read_whole():
-    """A window of 4 tokens beside a full layer, and a state beside none."""
-    tensor = lambda tokens: torch.zeros(1, 2, tokens, 32, dtype=torch.bfloat16)
-    full, window = (SimpleNamespace(keys=tensor(n), values=tensor(n)) for n in (10, 4))
-    state = SimpleNamespace(conv_states={0: torch.zeros(1, 64, 4), 1: None}, length=torch.tensor(3))
-    cache = SimpleNamespace(layers=[full, window, state])
-    bench = q.Bench(settings(), decode_weight_bytes=1000, cache=cache)
-    read = q.decode_read_bytes(bench, run_of(2.0, tokens=8, prompt_tokens=3))
-    assert read == 1000 + 7 * 256 + 4 * 256 + 64 * 4 * 4
 
 
 def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
@@ -157,7 +128,7 @@ def test_gpt2_has_nothing_to_quantize_and_the_report_says_so(tmp_path):
     GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
     stats = q.weight_stats(load(tmp_path, "int8"), ["cpu"])
     assert stats["quantized_layers"] == 0 and stats["weight_bytes"] == stats["unquantized_bytes"]
-    assert "NOTHING WAS QUANTIZED" in " ".join(q.warnings_for(q.Result(settings(), **stats)))
+    assert "NOTHING WAS QUANTIZED" in " ".join(q.grave_warnings(q.Result(settings(), **stats)))
 
 
 def test_sharded_and_damaged_checkpoints(tmp_path):

@@ -131,7 +131,8 @@ def test_a_worker_killed_in_the_third_run_leaves_two(script, tiny, tmp_path):
     worker.kill()
     ended = script.end(process)
     (found,) = ended.results
-    assert ended.code == 1 and len(found["runs"]) >= 2 and not found["complete"]
+    assert ended.code == 1 and len(found["runs"]) >= 2
+    assert not found["eager_complete"] and not found["complete"]
     assert found["failure"] == "its process was killed by SIGKILL (out of memory?)"
     assert ended.out.count("SIGKILL") == 1 and re.search(r"^\| 2 ", ended.out, re.MULTILINE)
 

@@ -221,8 +221,7 @@ def test_routers_that_inherit_from_linear_are_left_alone_and_nothing_else_is(tmp
             if isinstance(m, torch.nn.Linear) and not hasattr(m.weight, "_qtype")
         }
         assert {n.split(".", 3)[-1] for n in plain} == ({router, "lm_head"} if router else {"lm_head"}), name
-        told = [line for line in q.quanto_defects(model) if "do more" in line]
-        assert len(told) == (1 if router else 0)
+        assert ("routers" in q.quanto_defects(model)) == bool(router)
 
 
 def test_the_report_hears_what_was_mended(tmp_path):
@@ -231,11 +230,12 @@ def test_the_report_hears_what_was_mended(tmp_path):
     zoo.save_model("llama", tmp_path / "even")
     zoo.save_model("mamba", tmp_path / "transposed")
     told = {(f, w): compare(tmp_path / f, w)[3] for f in ("odd", "even") for w in ("int8", "int4", "float8")}
-    assert told["even", "int8"] == told["even", "float8"] == told["odd", "float8"] == []
-    assert "14 layers have no multiple of 16 inputs" in " ".join(told["odd", "int8"])
-    assert told["even", "int4"] == []
-    assert "compiles a C++ extension" in " ".join(told["odd", "int4"])
-    assert "as they lie" in " ".join(compare(tmp_path / "transposed", "int8")[3])
+    assert (
+        told["even", "int8"] == told["even", "float8"] == told["odd", "float8"] == told["even", "int4"] == {}
+    )
+    assert "some layers have no multiple of 16 inputs" in told["odd", "int8"]["int8 shape"]
+    assert "compiles a C++ extension" in told["odd", "int4"]["extension"]
+    assert "as they lie" in compare(tmp_path / "transposed", "int8")[3]["strides"]
 
 
 def test_quanto_as_shipped_is_left_as_shipped():
