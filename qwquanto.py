@@ -96,7 +96,8 @@ REPORT: str | None = None  # file for the report as a picture or a page: "report
 import os
 import signal
 
-if __name__ == "__main__":  # until main() takes over, Ctrl-C ends without the traceback of an import
+# until main() takes over, Ctrl-C ends without an import's traceback, but where it is ignored (sh: script &)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -104,6 +105,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import itertools
 import json
@@ -1278,14 +1280,46 @@ def save_report(parts: list[Any], path: str | None, title: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------- workers
 
 
+class LastingStream:
+    """Standard error, whose reader may go: a closed terminal must not end a measurement."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except OSError:
+            discard(self.stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            discard(self.stream)
+
+
+def discard(stream: Any) -> None:
+    """What is written to a stream, and what it still holds, goes nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Interruption:
-    """Ctrl-C, SIGTERM or SIGHUP, remembered: nothing is raised, the worker is ended, its figures stand."""
+    """Ctrl-C, SIGTERM or SIGHUP, remembered: nothing is raised, the worker is ended, its figures stand.
+
+    A signal that was ignored stays so: SIGHUP after `nohup`, Ctrl-C in the background of a plain sh.
+    """
 
     def __init__(self) -> None:
         self.seen, self.process = False, None
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self)
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self)
 
     def __call__(self, *_: Any) -> None:
         self.seen = True
@@ -1464,18 +1498,24 @@ def measure_all(
 
 
 def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
-    """Print the report and save its picture; what could not be written."""
+    """Save the report's picture and print it; what could not be written."""
     out = sys.stderr if s.results == "-" else sys.stdout
-    problems = []
+    problems, parts = [], []
     if any(r.memory for r in benchmark.results):
         parts = report(benchmark)
-        render(parts, out)
         problems += save_report(parts, s.report, f"python qwquanto.py, {s.model_name}")
     else:
         problems += dict.fromkeys(r.failure for r in benchmark.results if r.failure)
-    if s.results == "-":
-        print(to_json(benchmark))
-    sys.stdout.flush()
+    try:
+        if parts:
+            render(parts, out)
+        if s.results == "-":
+            print(to_json(benchmark))
+        sys.stdout.flush()
+    except OSError as error:
+        discard(sys.stdout)
+        if error.errno not in (errno.EPIPE, errno.EIO):  # `| head` has seen enough; a terminal that is closed
+            problems.append(f"cannot write to standard output: {error.strerror or error}")
     return problems
 
 
@@ -1543,10 +1583,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__" and "--worker" not in sys.argv:  # here, so that the program never imports torch
+    sys.stderr = LastingStream(sys.stderr)
     try:
         sys.exit(main())
     except BrokenPipeError:  # `| head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard(sys.stdout)
         sys.exit(0)
 
 # ===========================================================================================================
