@@ -2379,12 +2379,27 @@ def weight_stats(model: Any, devices: list[str]) -> dict[str, Any]:
     }
 
 
+def has_experts(model: Any) -> bool:
+    """Whether this is a mixture of experts, of which a decode step reads some: by its modules' names, or by a
+    weight (a router's, or all experts' in one) with as many rows as the configuration has experts.
+
+    A configuration alone tells nothing: those of dense Doge and Nemotron-H models count experts too.
+    """
+    if any(re.search("expert|moe", name) for name, _ in model.named_modules()):
+        return True
+    config = model.config.get_text_config().to_dict()
+    inner = [value for value in config.values() if isinstance(value, dict)]  # as DBRX's ffn_config
+    counted = r"(num|n)_(local_|routed_)?experts$"
+    counts = {v for d in (config, *inner) for k, v in d.items() if re.search(counted, str(k))} - {None, 0, 1}
+    return any(p.ndim > 1 and len(p) in counts for p in model.parameters())
+
+
 def decode_weight_bytes(model: Any) -> int | None:
     """Bytes of weights that one decode step must read: all but an untied input embedding.
 
     None for a mixture of experts, of which a step reads some.
     """
-    if any("expert" in name for name, _ in model.named_modules()):
+    if has_experts(model):
         return None
     given, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is None or given.weight.data_ptr() == output.weight.data_ptr()
