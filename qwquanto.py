@@ -1466,7 +1466,8 @@ def describe_exit(code: int, said: str = "") -> str:
     said = f" ({said[:300]})" if said else ""
     if code >= 0:
         return f"its process ended with exit code {code}{said}"
-    name = signal.Signals(-code).name
+    names = {number.value: number.name for number in signal.Signals}
+    name = names.get(-code, f"signal {-code}")  # a real-time signal has no name
     return f"its process was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else said)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import statistics
 from dataclasses import replace
 
@@ -411,3 +412,5 @@ def test_a_workers_end_in_words():
     assert q.describe_exit(-9) == "its process was killed by SIGKILL (out of memory?)"
     assert q.describe_exit(3) == "its process ended with exit code 3"
     assert q.describe_exit(-11, "in kernel x") == "its process was killed by SIGSEGV (in kernel x)"
+    number = signal.SIGRTMIN + 1  # has no name
+    assert q.describe_exit(-number) == f"its process was killed by signal {number}"
