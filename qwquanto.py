@@ -369,6 +369,7 @@ class Result:
     """What is known of one configuration; filled while it is measured. Bytes and seconds, None: unknown."""
 
     settings: Settings
+    folder: str | None = None  # of the model's files
     environment: dict[str, str] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
     dtype: str | None = None  # of the model as loaded, unquantized
@@ -1434,13 +1435,16 @@ def run_worker(
     save: Callable[[Result], None],
     stop: Interruption,
     debug: bool,
+    folder: str | None = None,
 ) -> Result:
     """Measure one precision in a process of its own; `save` gets its Result whenever it has grown.
+
+    `folder` has the model's files, if another worker got them already.
 
     However the process ends, the Result holds what it had said, and one line about the end if it was no good
     one. A Result marked complete is complete whatever the process does afterwards.
     """
-    job = {"settings": dataclasses.asdict(s), "reference": reference, "debug": debug}
+    job = {"settings": dataclasses.asdict(s), "folder": folder, "reference": reference, "debug": debug}
     job["on_terminal"] = view.console.is_terminal
     with tempfile.TemporaryFile() as errors:
         process, lines = start_worker(job, errors, stop)
@@ -1483,6 +1487,7 @@ def measure_all(
     view.log(
         f"{', '.join(names)}: {plural(s.runs, 'run')} each{both}; the time to go follows after the first"
     )
+    folder = None  # asked of the Hub once: a push in between would compare two revisions
     with tempfile.TemporaryDirectory(prefix="qwquanto-") as reference:
         for i, name in enumerate(names):
             view.prefix = ""
@@ -1490,7 +1495,8 @@ def measure_all(
             view.log(f"{name} ({i + 1} of {len(names)}{rest})")
             view.prefix = f"{name}: "
             mine = dataclasses.replace(s, weights=None if name == "none" else name)
-            result = run_worker(mine, reference, view, save, stop, debug)
+            result = run_worker(mine, reference, view, save, stop, debug, folder)
+            folder = folder or result.folder
             if stop.seen or result.concerns_all:
                 return
 
@@ -3537,7 +3543,10 @@ def tokenize(s: Settings, tokenizer: Any, config: transformers.PreTrainedConfig)
 
 
 def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None, Any]:
-    """All that can fail before loading: device, files, question; returns the folder and the meta model."""
+    """All that can fail before loading: device, files, question; returns the folder and the meta model.
+
+    A Result that names the folder already has it from a worker before.
+    """
     s, result.concerns_all = bench.settings, True
     with step("looking for a device"):
         bench.devices, notes = choose_devices(s.device)
@@ -3545,7 +3554,8 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
         for note in result.notes:
             log(note)
     with step("getting the model", timeout_s=None):
-        folder = download_model(s.model_name, s.random_weights, not on_terminal)
+        folder = result.folder or download_model(s.model_name, s.random_weights, not on_terminal)
+        result.folder = folder
         stored = check_checkpoint(s, folder, bench.devices[0]) if folder else None
         if not s.random_weights:
             bench.tokenizer = load_tokenizer(s.model_name, folder, s.trust_remote_code)
@@ -3656,4 +3666,5 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
 if __name__ == "__main__":
     job = JOBS.get()
     warnings.filterwarnings("default" if job["debug"] else "ignore")
-    measure(Result(Settings(**job["settings"])), job["reference"], job["on_terminal"], job["debug"])
+    started = Result(Settings(**job["settings"]), job["folder"])
+    measure(started, job["reference"], job["on_terminal"], job["debug"])

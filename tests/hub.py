@@ -23,6 +23,7 @@ class Hub:
     rates: dict[str, float] = field(default_factory=dict)
     url: str = ""
     downloads: list[str] = field(default_factory=list)  # MODEL/FILE asked for, in order
+    asked: list[str] = field(default_factory=list)  # paths of all requests
 
     def files(self, model: str) -> list[Path]:
         folder = self.models[model]
@@ -63,6 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urlsplit(self.path).path
+        self.hub.asked.append(path)
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+)?", path):
             self.about(*found.groups())
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):

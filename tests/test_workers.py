@@ -18,9 +18,7 @@ from conftest import BANDWIDTH, QUESTION, SCRIPT, arguments, edited, wait_for
 
 # edits of the script: each gives a worker a fault, or a place to wait in
 RUN = "    torch.manual_seed(seed)\n    energy = energy_j(bench.handles)\n"
-MEASURED = (
-    '    measure(Result(Settings(**job["settings"])), job["reference"], job["on_terminal"], job["debug"])\n'
-)
+MEASURED = '    measure(started, job["reference"], job["on_terminal"], job["debug"])\n'
 STEP = "    STEP_TIMEOUT_S = timeout_s\n    status(doing)\n"
 HANG = (STEP, STEP + "    if doing == os.environ.get('HANG_IN'):\n        time.sleep(3600)\n")
 
