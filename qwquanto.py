@@ -146,6 +146,7 @@ LONG_ANSWER_TOKENS = 200  # of a run that shows a pace
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
 SILENCE_S = 900  # a step that is silent for so long counts as hung; loading may take as long as it takes
 ABOUT = 1.2  # times as fast, or as slow, that still counts as about the same speed
+NO_NUMBER = "A figure was no number (NaN or infinite): it counts as unknown, and so does what it belongs to."
 EXIT_S = 10  # for a worker to end by itself once it has measured everything
 
 
@@ -453,13 +454,30 @@ NESTED = {"results": Result, "settings": Settings, "warmup": Run, "runs": Run, "
           "quality": Quality, "torch_compile": TorchCompile}  # fmt: skip
 
 
+def lacks_figure(kind: type, plain: dict[str, Any]) -> bool:
+    """Whether a run, a judgement or a trial lacks one of the figures that it always has."""
+    if kind not in (Run, Quality, TorchCompile):
+        return False
+    always = [f.name for f in dataclasses.fields(kind) if f.type in ("float", "list[float]")]
+    figures = [plain[name] for name in always if name in plain]
+    return any(figure is None or (isinstance(figure, list) and None in figure) for figure in figures)
+
+
 def from_plain(kind: type, plain: dict[str, Any]) -> Any:
-    """The dataclass that `asdict` made this of. Raises TypeError or AttributeError for anything else."""
+    """The dataclass that `asdict` made this of, without what `lacks_figure`; None if it does so itself.
+
+    Raises TypeError or AttributeError for anything else.
+    """
+    if lacks_figure(kind, plain):
+        return None
     for name, value in plain.items():
         if name in NESTED and isinstance(value, list):
-            plain[name] = [from_plain(NESTED[name], item) for item in value]
+            made = [from_plain(NESTED[name], item) for item in value]
+            plain[name] = [item for item in made if item is not None]
         elif name in NESTED and isinstance(value, dict):
             plain[name] = from_plain(NESTED[name], value)
+        elif name == "memory_bytes_per_s":
+            plain[name] = {device: speed for device, speed in value.items() if speed is not None}
     return kind(**plain)
 
 
@@ -1413,13 +1431,14 @@ def follow(
             continue
         if line is None:
             return result, None
-        heard = time.monotonic()
+        heard, unknown = time.monotonic(), []
         try:
-            message = json.loads(line)
+            message = json.loads(line, parse_constant=unknown.append)  # NaN and infinities become None
         except ValueError:  # it was killed in the middle of a line
             continue
         if "result" in message:
             result = from_plain(Result, message["result"])
+            result.notes += [NO_NUMBER] * bool(unknown)
             save(result)
         elif "log" in message:
             view.log(message["log"])
