@@ -425,7 +425,7 @@ class Result:
         """Whether the eager model was measured to its end, so that it can be recommended."""
         s = self.settings
         judged = self.quality or self.is_reference or not s.quality_tokens or s.random_weights
-        return self.complete or bool(self.prefill_tokens and judged)
+        return self.complete or bool(self.prefill_tokens and (judged or not s.compare))
 
 
 @dataclass
@@ -1028,7 +1028,8 @@ def alerts(benchmark: Benchmark) -> list[str]:
         lines.append("[bold yellow]! Interrupted: this is what had been measured.[/]")
     for r in results:
         if r.failure:
-            what = ("unavailable" if r.unavailable else "FAILED") + f": {escape(r.failure)}"
+            what = "--compile " * bool(r.settings.compile and r.eager_complete)  # the eager rows are whole
+            what += ("unavailable" if r.unavailable else "FAILED") + f": {escape(r.failure)}"
             lines.append(f"[bold red]{f'{r.label} ' * compared}{what}[/]")
         for text in warnings_for(r):
             said.setdefault(text, []).append(r.label)

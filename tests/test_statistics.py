@@ -291,7 +291,7 @@ def test_a_recommended_precision_that_reads_prompts_slowly_is_said_to():
 
 def test_only_what_was_measured_to_its_end_is_recommended():
     """The eager model; what becomes of the compiled step, which comes last, does not matter to it."""
-    unfinished = result("int2", (99, 99), stored=GIB // 8, complete=False)
+    unfinished = result("int2", (99, 99), stored=GIB // 8, complete=False, compare=("none", "int8", "int2"))
     told = advice(result("none", (20, 20), stored=2 * GIB), result("int8", (10, 10), 0.01), unfinished)
     assert "Fastest: bf16" in told and "Smallest: int8" in told and "keeps the answers: int8" in told
     assert told.endswith("Not measured to the end, so left out here: int2.[/]") and advice(unfinished) == ""
