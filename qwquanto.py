@@ -349,6 +349,7 @@ class Compiled:
     seconds: float
     graphs: int
     recompilations: int = 0  # within timed runs
+    warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     bytes_per_token: int | None = None
     bandwidth_utilization: float | None = None
@@ -1088,20 +1089,24 @@ def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) 
 
 
 def runs_table(r: Result) -> list[Any]:
-    """A line a run, and what describes all of them."""
+    """A line a run, eager ones before compiled ones, and what describes all timed ones of the last kind."""
     runs = r.timed_runs
     if not runs:
         return []
     columns, rows = ("run", "ended by", "tokens", "TTFT ms", "decode tok/s", "latency s", "J"), []
-    numbered = [(f"warm x{len(r.warmup)}", run) for run in r.warmup[-1:]]
-    for name, run in numbered + [(str(i + 1), run) for i, run in enumerate(runs)]:
-        ended = "–" if name.startswith("warm") else run.stop_reason
+    kinds = ("eager ", "compiled ") if runs is not r.runs else ("",)
+    numbered = []
+    for kind, measured in zip(kinds, (r, r.compiled), strict=False):
+        warm = f"last of {len(measured.warmup)}"
+        numbered += [(f"{kind}warm", warm, run) for run in measured.warmup[-1:]]
+        numbered += [(f"{kind}{i + 1}", run.stop_reason, run) for i, run in enumerate(measured.runs)]
+    for name, ended, run in numbered:
         joules = sum(run.energy_j.values()) if run.energy_j and run.latency_s >= 1 else None
         rest = format_3g(run.decode_tokens_per_s), format_3g(run.latency_s), format_3g(joules)
         rows.append([name, ended, str(run.generated_tokens), format_3g(run.ttft_s, 0.001), *rest])
     used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
     title = f"Runs: {runs[0].prompt_tokens} prompt tokens ({used})"
-    facts = [f"Latency {spread_text(run.latency_s for run in runs)} s"]
+    facts = [f"{kinds[-1]}latency {spread_text(run.latency_s for run in runs)} s".capitalize()]
     facts += [f"{spread_text(run.tokens_per_s for run in runs)} tokens/s of the whole call"]
     if gaps := [gap for run in runs for gap in run.inter_token_s]:
         shown = ", ".join(format_3g(percentile(gaps, p), 0.001) for p in (50, 90, 99))
@@ -3639,7 +3644,7 @@ def measure_compiled(bench: Bench, result: Result, reference: Path | None) -> No
         result.compiled = Compiled(bench.compiled.way, seconds, bench.compiled.graphs)
         save(result)
     with step("running the compiled model"):
-        result.warmup, graphs = warmup_runs(bench), graphs_compiled()
+        result.compiled.warmup, graphs = warmup_runs(bench), graphs_compiled()
         timed_runs(bench, result, result.compiled, s.runs)
         result.compiled.recompilations = graphs_compiled() - graphs
     if reference:

@@ -109,6 +109,15 @@ def test_short_warm_up_runs_are_repeated(time):
     assert [runs(0), runs(1), runs(6)] == [0, 4, 6]
 
 
+def test_the_compiled_steps_warm_up_stands_beside_the_eager_one(time, monkeypatch):
+    mine = bench(FakeModel(time, [1] * 4), warmup_runs=3, compile=True)
+    r = q.Result(mine.settings, warmup=[run_of(9)], runs=[run_of(9)])
+    monkeypatch.setattr(q, "prepare_compiled_decode", lambda *_: q.CompiledDecode(q.OWN_STEP, 3, {}))
+    monkeypatch.setattr(q, "timed_runs", lambda *_: None)
+    q.measure_compiled(mine, r, None)
+    assert r.warmup == r.runs == [run_of(9)] and len(r.compiled.warmup) == 3
+
+
 def test_options_and_seeds_that_generate_gets(time):
     model = FakeModel(time, [1] * 10)
     q.run_once(bench(model), 3, "run")
