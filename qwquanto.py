@@ -1730,6 +1730,15 @@ def status(text: str, fraction: float | None = None) -> None:
     send(status=text, fraction=fraction, timeout_s=STEP_TIMEOUT_S)
 
 
+def reading_status(title: str) -> None:
+    """Says that a prompt is being read: as with loading, that takes as long as it takes.
+
+    But not in a step with a limit of its own, within which torch may compile.
+    """
+    limit = None if STEP_TIMEOUT_S == SILENCE_S else STEP_TIMEOUT_S
+    send(status=f"{title}: reading the prompt", fraction=None, timeout_s=limit)
+
+
 def save(result: Result) -> None:
     """Hand on what has been measured so far, so that nothing of it can be lost."""
     send(result=dataclasses.asdict(result))
@@ -3341,7 +3350,7 @@ def generate(
     than there are tokens (transformers generation/utils.py, DeferredStopCheck).
     """
     prompt = bench.prompt if prompt is None else prompt
-    device, shown = prompt.device, 0.0
+    device, shown = prompt.device, -math.inf  # the first token ends the reading, and is shown at once
     events = []  # of the start and of each token: CUDA's, or seconds
 
     def mark() -> None:
@@ -3365,6 +3374,7 @@ def generate(
     options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [after_token]}
     options |= {"pad_token_id": 0}  # one sequence is never padded; None would be warned of
     options |= bench.compiled.options if bench.compiled else {}
+    reading_status(title)
     synchronize(bench.devices)
     begin = time.perf_counter()
     mark()
