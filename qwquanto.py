@@ -200,7 +200,10 @@ def convert(text: str, kind: str) -> Any:
 
 
 def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
-    """Settings from the constants and their flags; and the flags without a constant: debug, show."""
+    """Settings from the constants and their flags; and the flags without a constant: debug, show.
+
+    The second also has `given`, the flags on the command line.
+    """
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z_]+)(?::[^=]+)? = .*?  # (.+)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
@@ -231,9 +234,13 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
         close = difflib.get_close_matches(wrong, [*flags, "--show", "--debug", "--version"], 1)
         close += [f"--model-name {wrong}"] if "/" in wrong or Path(wrong).exists() else []
         parser.error(f"unexpected argument {wrong}" + (f": did you mean {close[0]}?" if close else ""))
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    args.given = [flag for flag in flags if flag in words]
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
-    if values["compare"] == [] and values["compare"] is not COMPARE:  # --compare alone
-        values["compare"] = list(PRECISIONS)
+    if "--compare" in args.given:
+        values["compare"] = values["compare"] or list(PRECISIONS)
+    elif "--weights" in args.given:  # whoever names one precision wants a single run, whatever COMPARE says
+        values["compare"] = []
     if isinstance(values["compare"], tuple | set):
         values["compare"] = list(values["compare"])
     return Settings(**values), args
@@ -305,6 +312,18 @@ def check(s: Settings) -> list[str]:
         if not right:
             problems.append(f"{name} must be {allowed}, not {value!r}")
     return problems
+
+
+def unused(s: Settings, given: list[str]) -> list[str]:
+    """Flags on the command line that would do nothing, each with what to do."""
+    if s.compare:
+        told = "--weights is of a single run: name its precision behind --compare"
+        return [told] if "--weights" in given else []
+    return [
+        f"{flag} is of a comparison: add --compare{instead}"
+        for flag, instead in {"--compare-tokens": ", or take --max-length", "--quality-tokens": ""}.items()
+        if flag in given
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- results
@@ -1576,7 +1595,8 @@ def main(argv: list[str] | None = None) -> int:
         stream.reconfigure(encoding="utf-8", errors="replace")
     s, args = parse(argv)
     # saved results need none of the settings but where a picture of them goes
-    if problems := [problem for problem in check(s) if problem.startswith("REPORT ") or not args.show]:
+    problems = check(s) + unused(s, args.given)
+    if problems := [problem for problem in problems if problem.startswith("REPORT ") or not args.show]:
         print(*(f"qwquanto: {problem}" for problem in problems), sep="\n", file=sys.stderr)
         return 2
     if args.show:
