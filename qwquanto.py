@@ -98,7 +98,8 @@ REPORT: str | None = None  # file for the report as a picture or a page: "report
 import os
 import signal
 
-if __name__ == "__main__":  # until main() takes over, Ctrl-C ends without the traceback of an import
+# until main() takes over, Ctrl-C ends without an import's traceback, but where it is ignored (sh: script &)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -106,6 +107,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import itertools
 import json
@@ -149,6 +151,7 @@ UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that d
 SILENCE_S = 900  # a step that is silent for so long counts as hung; loading may take as long as it takes
 HOST_BOUND = 0.5  # share of an eager step under which the GPU mostly waits for the host
 ABOUT = 1.2  # times as fast, or as slow, that still counts as about the same speed
+NO_NUMBER = "A figure was no number (NaN or infinite): it counts as unknown, and so does what it belongs to."
 EXIT_S = 10  # for a worker to end by itself once it has measured everything
 
 
@@ -262,7 +265,10 @@ def convert(text: str, kind: str) -> Any:
 
 
 def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
-    """Settings from the constants and their flags; and the flags without a constant: debug, show."""
+    """Settings from the constants and their flags; and the flags without a constant: debug, show.
+
+    The second also has `given`, the flags on the command line.
+    """
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z_]+)(?::[^=]+)? = .*?  # (.+)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
@@ -293,9 +299,13 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
         close = difflib.get_close_matches(wrong, [*flags, "--show", "--debug", "--version"], 1)
         close += [f"--model-name {wrong}"] if "/" in wrong or Path(wrong).exists() else []
         parser.error(f"unexpected argument {wrong}" + (f": did you mean {close[0]}?" if close else ""))
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    args.given = [flag for flag in flags if flag in words]
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
-    if values["compare"] == [] and values["compare"] is not COMPARE:  # --compare alone
-        values["compare"] = list(PRECISIONS)
+    if "--compare" in args.given:
+        values["compare"] = values["compare"] or list(PRECISIONS)
+    elif "--weights" in args.given:  # whoever names one precision wants a single run, whatever COMPARE says
+        values["compare"] = []
     if isinstance(values["compare"], tuple | set):
         values["compare"] = list(values["compare"])
     return Settings(**values), args
@@ -313,6 +323,18 @@ def check(s: Settings) -> list[str]:
         if not right:
             problems.append(f"{f.name.upper()} must be {f.metadata['allowed']}, not {value!r}")
     return problems
+
+
+def unused(s: Settings, given: list[str]) -> list[str]:
+    """Flags on the command line that would do nothing, each with what to do."""
+    if s.compare:
+        told = "--weights is of a single run: name its precision behind --compare"
+        return [told] if "--weights" in given else []
+    return [
+        f"{flag} is of a comparison: add --compare{instead}"
+        for flag, instead in {"--compare-tokens": ", or take --max-length", "--quality-tokens": ""}.items()
+        if flag in given
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- results
@@ -357,6 +379,7 @@ class Compiled:
     seconds: float
     graphs: int
     recompilations: int = 0  # within timed runs
+    warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     bandwidth_utilization: float | None = None
     quality: Quality | None = None
@@ -367,6 +390,7 @@ class Result:
     """What is known of one configuration; filled while it is measured. Bytes and seconds, None: unknown."""
 
     settings: Settings
+    folder: str | None = None  # of the model's files
     environment: dict[str, str] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
     dtype: str | None = None  # of the model as loaded, unquantized
@@ -448,17 +472,32 @@ NESTED = {"results": Result, "settings": Settings, "warmup": Run, "runs": Run, "
           "quality": Quality}  # fmt: skip
 
 
+def lacks_figure(kind: type, plain: dict[str, Any]) -> bool:
+    """Whether a run or a judgement lacks one of the figures that it always has."""
+    if kind not in (Run, Quality):
+        return False
+    always = [f.name for f in dataclasses.fields(kind) if f.type in ("float", "list[float]")]
+    figures = [plain[name] for name in always if name in plain]
+    return any(figure is None or (isinstance(figure, list) and None in figure) for figure in figures)
+
+
 def from_plain(kind: type, plain: dict[str, Any]) -> Any:
-    """The dataclass that `asdict` made this of, without fields that a later version wrote.
+    """The dataclass that `asdict` made this of, without what `lacks_figure` and without fields that a later
+    version wrote; None if it lacks one itself.
 
     Raises TypeError or AttributeError for anything else.
     """
+    if lacks_figure(kind, plain):
+        return None
     known = {f.name: plain[f.name] for f in dataclasses.fields(kind) if f.name in plain}
     for name, value in known.items():
         if name in NESTED and isinstance(value, list):
-            known[name] = [from_plain(NESTED[name], item) for item in value]
+            made = [from_plain(NESTED[name], item) for item in value]
+            known[name] = [item for item in made if item is not None]
         elif name in NESTED and isinstance(value, dict):
             known[name] = from_plain(NESTED[name], value)
+        elif name == "memory_bytes_per_s":
+            known[name] = {device: speed for device, speed in value.items() if speed is not None}
     return kind(**known)
 
 
@@ -1043,7 +1082,8 @@ def alerts(benchmark: Benchmark) -> list[str]:
         lines.append("[bold yellow]! Interrupted: this is what had been measured.[/]")
     for r in results:
         if r.failure:
-            what = ("unavailable" if r.unavailable else "FAILED") + f": {escape(r.failure)}"
+            what = "--compile " * bool(r.settings.compile and r.eager_complete)  # the eager rows are whole
+            what += ("unavailable" if r.unavailable else "FAILED") + f": {escape(r.failure)}"
             lines.append(f"[bold red]{f'{r.label} ' * compared}{what}[/]")
         for text in grave_warnings(r):
             grave.setdefault(text, []).append(r.label)
@@ -1117,20 +1157,24 @@ def host_bound(results: list[Result]) -> list[str]:
 
 
 def runs_table(r: Result) -> list[Any]:
-    """A line a run, and what describes all of them."""
+    """A line a run, eager ones before compiled ones, and what describes all timed ones of the last kind."""
     runs = r.timed_runs
     if not runs:
         return []
     columns, rows = ("run", "ended by", "tokens", "TTFT ms", "decode tok/s", "latency s", "J"), []
-    numbered = [(f"warm x{len(r.warmup)}", run) for run in r.warmup[-1:]]
-    for name, run in numbered + [(str(i + 1), run) for i, run in enumerate(runs)]:
-        ended = "–" if name.startswith("warm") else run.stop_reason
+    kinds = ("eager ", "compiled ") if runs is not r.runs else ("",)
+    numbered = []
+    for kind, measured in zip(kinds, (r, r.compiled), strict=False):
+        warm = f"last of {len(measured.warmup)}"
+        numbered += [(f"{kind}warm", warm, run) for run in measured.warmup[-1:]]
+        numbered += [(f"{kind}{i + 1}", run.stop_reason, run) for i, run in enumerate(measured.runs)]
+    for name, ended, run in numbered:
         joules = sum(run.energy_j.values()) if run.energy_j and run.latency_s >= 1 else None
         rest = format_3g(run.decode_tokens_per_s), format_3g(run.latency_s), format_3g(joules)
         rows.append([name, ended, str(run.generated_tokens), format_3g(run.ttft_s, 0.001), *rest])
     used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
     title = f"Runs: {runs[0].prompt_tokens} prompt tokens ({used})"
-    facts = [f"Latency {spread_text(run.latency_s for run in runs)} s"]
+    facts = [f"{kinds[-1]}latency {spread_text(run.latency_s for run in runs)} s".capitalize()]
     facts += [f"{spread_text(run.tokens_per_s for run in runs)} tokens/s of the whole call"]
     if gaps := [gap for run in runs for gap in run.inter_token_s]:
         shown = ", ".join(format_3g(percentile(gaps, p), 0.001) for p in (50, 90, 99))
@@ -1356,15 +1400,47 @@ def save_report(parts: list[Any], path: str | None, title: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------- workers
 
 
+class LastingStream:
+    """Standard error, whose reader may go: a closed terminal must not end a measurement."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except OSError:
+            discard(self.stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            discard(self.stream)
+
+
+def discard(stream: Any) -> None:
+    """What is written to a stream, and what it still holds, goes nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Interruption:
-    """Ctrl-C, SIGTERM or SIGHUP, remembered: nothing is raised, the worker is ended, its figures stand."""
+    """Ctrl-C, SIGTERM or SIGHUP, remembered: nothing is raised, the worker is ended, its figures stand.
+
+    A signal that was ignored stays so: SIGHUP after `nohup`, Ctrl-C in the background of a plain sh.
+    """
 
     def __init__(self) -> None:
         self.seen = False
         self.process = None
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self)
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self)
 
     def __call__(self, *_: Any) -> None:
         self.seen = True
@@ -1461,13 +1537,14 @@ def follow(
             continue
         if line is None:
             return result, None
-        heard = time.monotonic()
+        heard, unknown = time.monotonic(), []
         try:
-            message = json.loads(line)
+            message = json.loads(line, parse_constant=unknown.append)  # NaN and infinities become None
         except ValueError:  # it was killed in the middle of a line
             continue
         if "result" in message:
             result = from_plain(Result, message["result"])
+            result.notes += [NO_NUMBER] * bool(unknown)
             save(result)
         elif "log" in message:
             view.log(message["log"])
@@ -1483,13 +1560,16 @@ def run_worker(
     save: Callable[[Result], None],
     stop: Interruption,
     debug: bool,
+    folder: str | None = None,
 ) -> Result:
     """Measure one precision in a process of its own; `save` gets its Result whenever it has grown.
+
+    `folder` has the model's files, if another worker got them already.
 
     However the process ends, the Result holds what it had said, and one line about the end if it was no good
     one. A Result marked complete is complete whatever the process does afterwards.
     """
-    job = {"settings": dataclasses.asdict(s), "reference": reference, "debug": debug}
+    job = {"settings": dataclasses.asdict(s), "folder": folder, "reference": reference, "debug": debug}
     job["on_terminal"] = view.console.is_terminal
     with tempfile.TemporaryFile() as errors:
         process, lines = start_worker(job, errors, stop)
@@ -1515,7 +1595,8 @@ def describe_exit(code: int, said: str = "") -> str:
     said = f" ({said[:300]})" if said else ""
     if code >= 0:
         return f"its process ended with exit code {code}{said}"
-    name = signal.Signals(-code).name
+    names = {number.value: number.name for number in signal.Signals}
+    name = names.get(-code, f"signal {-code}")  # a real-time signal has no name
     return f"its process was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else said)
 
 
@@ -1532,6 +1613,7 @@ def measure_all(
     view.log(
         f"{', '.join(names)}: {plural(s.runs, 'run')} each{both}; the time to go follows after the first"
     )
+    folder = None  # asked of the Hub once: a push in between would compare two revisions
     with tempfile.TemporaryDirectory(prefix="qwquanto-") as reference:
         for i, name in enumerate(names):
             view.prefix = ""
@@ -1539,7 +1621,8 @@ def measure_all(
             view.log(f"{name} ({i + 1} of {len(names)}{rest})")
             view.prefix = f"{name}: "
             mine = dataclasses.replace(s, weights=None if name == "none" else name)
-            result = run_worker(mine, reference, view, save, stop, debug)
+            result = run_worker(mine, reference, view, save, stop, debug, folder)
+            folder = folder or result.folder
             if stop.seen or result.concerns_all:
                 return
 
@@ -1548,18 +1631,24 @@ def measure_all(
 
 
 def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
-    """Print the report and save its picture; what could not be written."""
+    """Save the report's picture and print it; what could not be written."""
     out = sys.stderr if s.results == "-" else sys.stdout
-    problems = []
+    problems, parts = [], []
     if any(r.memory for r in benchmark.results):
         parts = report(benchmark)
-        render(parts, out)
         problems += save_report(parts, s.report, f"python qwquanto.py, {s.model_name}")
     else:
         problems += dict.fromkeys(r.failure for r in benchmark.results if r.failure)
-    if s.results == "-":
-        print(to_json(benchmark))
-    sys.stdout.flush()
+    try:
+        if parts:
+            render(parts, out)
+        if s.results == "-":
+            print(to_json(benchmark))
+        sys.stdout.flush()
+    except OSError as error:
+        discard(sys.stdout)
+        if error.errno not in (errno.EPIPE, errno.EIO):  # `| head` has seen enough; a terminal that is closed
+            problems.append(f"cannot write to standard output: {error.strerror or error}")
     return problems
 
 
@@ -1588,7 +1677,8 @@ def main(argv: list[str] | None = None) -> int:
         stream.reconfigure(encoding="utf-8", errors="replace")
     s, args = parse(argv)
     # saved results need none of the settings but where a picture of them goes
-    if problems := [problem for problem in check(s) if problem.startswith("REPORT ") or not args.show]:
+    problems = check(s) + unused(s, args.given)
+    if problems := [problem for problem in problems if problem.startswith("REPORT ") or not args.show]:
         print(*(f"qwquanto: {problem}" for problem in problems), sep="\n", file=sys.stderr)
         return 2
     if args.show:
@@ -1627,10 +1717,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__" and "--worker" not in sys.argv:  # here, so that the program never imports torch
+    sys.stderr = LastingStream(sys.stderr)
     try:
         sys.exit(main())
     except BrokenPipeError:  # `| head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard(sys.stdout)
         sys.exit(0)
 
 # ===========================================================================================================
@@ -1736,6 +1827,15 @@ def log(text: str) -> None:
 def status(text: str, fraction: float | None = None) -> None:
     """A line of progress that the next one replaces; `fraction` of the work is done."""
     send(status=text, fraction=fraction, timeout_s=STEP_TIMEOUT_S)
+
+
+def reading_status(title: str) -> None:
+    """Says that a prompt is being read: as with loading, that takes as long as it takes.
+
+    But not in a step with a limit of its own, within which torch may compile.
+    """
+    limit = None if STEP_TIMEOUT_S == SILENCE_S else STEP_TIMEOUT_S
+    send(status=f"{title}: reading the prompt", fraction=None, timeout_s=limit)
 
 
 def save(result: Result) -> None:
@@ -2440,12 +2540,27 @@ def weight_stats(model: Any, devices: list[str]) -> dict[str, Any]:
     }
 
 
+def has_experts(model: Any) -> bool:
+    """Whether this is a mixture of experts, of which a decode step reads some: by its modules' names, or by a
+    weight (a router's, or all experts' in one) with as many rows as the configuration has experts.
+
+    A configuration alone tells nothing: those of dense Doge and Nemotron-H models count experts too.
+    """
+    if any(re.search("expert|moe", name) for name, _ in model.named_modules()):
+        return True
+    config = model.config.get_text_config().to_dict()
+    inner = [value for value in config.values() if isinstance(value, dict)]  # as DBRX's ffn_config
+    counted = r"(num|n)_(local_|routed_)?experts$"
+    counts = {v for d in (config, *inner) for k, v in d.items() if re.search(counted, str(k))} - {None, 0, 1}
+    return any(p.ndim > 1 and len(p) in counts for p in model.parameters())
+
+
 def decode_weight_bytes(model: Any) -> int | None:
     """Bytes of weights that one decode step must read: all but an untied input embedding.
 
     None for a mixture of experts, of which a step reads some.
     """
-    if any("expert" in name for name, _ in model.named_modules()):
+    if has_experts(model):
         return None
     given, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is None or given.weight.data_ptr() == output.weight.data_ptr()
@@ -3311,7 +3426,7 @@ def generate(
     """
     prompt = bench.prompt if prompt is None else prompt
     device = prompt.device
-    shown = 0.0
+    shown = -math.inf  # the first token ends the reading, and is shown at once
     events = []  # of the start and of each token: CUDA's, or seconds
 
     def mark() -> None:
@@ -3335,6 +3450,7 @@ def generate(
     options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [after_token]}
     options |= {"pad_token_id": 0}  # one sequence is never padded; None would be warned of
     options |= bench.compiled.options if bench.compiled else {}
+    reading_status(title)
     synchronize(bench.devices)
     begin = time.perf_counter()
     mark()
@@ -3531,7 +3647,10 @@ def tokenize(s: Settings, tokenizer: Any, config: transformers.PreTrainedConfig)
 
 
 def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None, Any]:
-    """All that can fail before loading: device, files, question; returns the folder and the meta model."""
+    """All that can fail before loading: device, files, question; returns the folder and the meta model.
+
+    A Result that names the folder already has it from a worker before.
+    """
     s = bench.settings
     result.concerns_all = True
     with step("looking for a device"):
@@ -3541,7 +3660,8 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
         for note in result.notes:
             log(note)
     with step("getting the model", timeout_s=None):
-        folder = download_model(s.model_name, s.random_weights, not on_terminal)
+        folder = result.folder or download_model(s.model_name, s.random_weights, not on_terminal)
+        result.folder = folder
         stored = check_checkpoint(s, folder, bench.devices[0]) if folder else None
         if not s.random_weights:
             bench.tokenizer = load_tokenizer(s.model_name, folder, s.trust_remote_code)
@@ -3602,7 +3722,7 @@ def measure_compiled(bench: Bench, result: Result, reference: Path | None) -> No
         result.compiled = Compiled(bench.compiled.way, seconds, bench.compiled.graphs)
         save(result)
     with step("running the compiled model"):
-        result.warmup, graphs = warmup_runs(bench), graphs_compiled()
+        result.compiled.warmup, graphs = warmup_runs(bench), graphs_compiled()
         timed_runs(bench, result, result.compiled, s.runs)
         result.compiled.recompilations = graphs_compiled() - graphs
     if reference:
@@ -3652,4 +3772,5 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
 if __name__ == "__main__":
     job = JOBS.get()
     warnings.filterwarnings("default" if job["debug"] else "ignore")
-    measure(Result(Settings(**job["settings"])), job["reference"], job["on_terminal"], job["debug"])
+    started = Result(Settings(**job["settings"]), job["folder"])
+    measure(started, job["reference"], job["on_terminal"], job["debug"])

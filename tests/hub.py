@@ -24,6 +24,7 @@ class Hub:
     url: str = ""
     commit: str = COMMIT  # the latest one
     downloads: list[str] = field(default_factory=list)  # MODEL/FILE asked for, in order
+    asked: list[str] = field(default_factory=list)  # paths of all requests
 
     def files(self, model: str) -> list[Path]:
         folder = self.models[model]
@@ -64,6 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urlsplit(self.path).path
+        self.hub.asked.append(path)
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+)?", path):
             self.about(*found.groups())
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):

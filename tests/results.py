@@ -147,7 +147,9 @@ BENCHMARKS = {
         [result("none", runs=runs(10, text="如何计算矩阵的行列式？" * 40), compare=("none",))]
     ),
     "comparison": q.Benchmark(comparison()),
-    "compiled": q.Benchmark([result(compiled=compiled(20, 21))]),
+    "compiled": q.Benchmark(
+        [result(warmup=[run(9, tokens=16)], compiled=compiled(20, 21, warmup=runs(18, 19, tokens=16)))]
+    ),
     "compiled comparison": q.Benchmark(compiled_comparison()),
     "gpu comparison": q.Benchmark(gpu_comparison()),
     "failed": q.Benchmark([result(failure="its process ended with exit code 1", complete=False)]),

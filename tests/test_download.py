@@ -203,7 +203,8 @@ def test_a_download_that_is_killed_keeps_complete_files(models, tmp_path):
     assert again.downloads == [f"{MODEL}/{LAST}"]
 
 
-def test_a_run_from_the_hub(tiny, script, tmp_path):
+def test_a_comparison_asks_the_hub_once(tiny, script, tmp_path):
+    """A push between two precisions would compare two revisions. The settings keep the name asked for."""
     with hub.serve({"them/tiny": Path(tiny)}) as here:
         env = {
             "HF_HOME": str(tmp_path),
@@ -211,7 +212,12 @@ def test_a_run_from_the_hub(tiny, script, tmp_path):
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1",
         }
-        ended = script(env=env, model_name="them/tiny", question=QUESTION, max_length=40, runs=1)
+        flags = {"compare": ("none", "int8"), "compare_tokens": 40, "quality_tokens": 0, "runs": 1}
+        ended = script(env=env, model_name="them/tiny", question=QUESTION, **flags)
     assert ended.code == 0, ended.err
+    assert here.asked.count("/api/models/them/tiny") == 1
     assert "them/tiny/model.safetensors" in here.downloads
-    assert ANSWER[:20] in ended.results[0]["runs"][0]["text"]
+    for found in ended.results:
+        assert ANSWER[:20] in found["runs"][0]["text"]
+        assert found["settings"]["model_name"] == "them/tiny" and found["folder"].endswith(hub.COMMIT)
+    assert found["folder"] not in ended.out

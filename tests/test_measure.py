@@ -109,6 +109,15 @@ def test_short_warm_up_runs_are_repeated(time):
     assert [runs(0), runs(1), runs(6)] == [0, 4, 6]
 
 
+def test_the_compiled_steps_warm_up_stands_beside_the_eager_one(time, monkeypatch):
+    mine = bench(FakeModel(time, [1] * 4), warmup_runs=3, compile=True)
+    r = q.Result(mine.settings, warmup=[run_of(9)], runs=[run_of(9)])
+    monkeypatch.setattr(q, "prepare_compiled_decode", lambda *_: q.CompiledDecode(q.OWN_STEP, 3, {}))
+    monkeypatch.setattr(q, "timed_runs", lambda *_: None)
+    q.measure_compiled(mine, r, None)
+    assert r.warmup == r.runs == [run_of(9)] and len(r.compiled.warmup) == 3
+
+
 def test_options_and_seeds_that_generate_gets(time):
     model = FakeModel(time, [1] * 10)
     q.run_once(bench(model), 3, "run")
@@ -137,9 +146,24 @@ def test_every_run_is_handed_on_and_so_is_its_progress(time, messages):
     saved = [len(message["result"]["runs"]) for message in messages if "result" in message]
     assert saved == [1, 2]
     shown = [(m["status"], m["fraction"]) for m in messages if "status" in m]
-    assert shown[1] == ("run 1 of 2: 2 tokens, 0.8 tokens/s", 0.4)
+    assert shown[0] == ("run 1 of 2: reading the prompt", None)
+    assert shown[1] == ("run 1 of 2: 1 tokens, 0.5 tokens/s", 0.2)
+    assert shown[2] == ("run 1 of 2: 2 tokens, 0.8 tokens/s", 0.4)
     assert shown[-1][0] == "4 s to go, run 2 of 2: 5 tokens, 1.2 tokens/s"
     assert "peak of runs" in result.memory
+
+
+def test_a_prompt_takes_as_long_as_it_takes_and_tokens_do_not(time, messages):
+    """The parent ends a worker that is silent for `timeout_s`: never while a prompt is read."""
+    mine = bench(FakeModel(time, [1] * 5, gap=0.001, first=0.001), new_tokens=5)
+    with q.step("running the model"):
+        q.run_once(mine, 0, "run")
+    limits = [(m["status"], m["timeout_s"]) for m in messages]
+    assert limits[1:] == [("run: reading the prompt", None), ("run: 1 tokens, 1000.0 tokens/s", q.SILENCE_S)]
+    messages.clear()
+    with q.step("trying torch.compile(model) as written", timeout_s=5):  # compiles in its first prompt
+        q.run_once(mine, 0, "run")
+    assert [m["timeout_s"] for m in messages] == [5, 5, 5]
 
 
 def test_prefill_is_512_tokens_a_median_and_a_single_one_on_a_slow_machine(time):

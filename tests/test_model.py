@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from conftest import QUESTION, make_model
 from optimum.quanto.library.extensions import extension
 from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearFunction
@@ -64,6 +65,35 @@ def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):
         model = load(make_model(tmp_path / str(tied), steps=0, tie=tied), "int8")
         read[tied] = q.decode_weight_bytes(model)
     assert read[True] == read[False]
+
+
+def zoo_model(name, **options):
+    config = zoo.make_config(name)
+    for key, value in options.items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_mixture_of_experts_is_known_whatever_its_modules_are_called():
+    """A step reads some of the experts: what it reads is unknown, and with it MBU."""
+    for name in ("mixtral", "granitemoe", "jetmoe", "dbrx", "qwen2_moe"):
+        assert q.has_experts(zoo_model(name)), name
+    assert q.has_experts(zoo_model("doge", is_moe=True, num_experts=9))  # two embeddings of 9 experts
+    granite = zoo_model("granitemoe")
+    for layer in granite.model.layers:  # as remote code, or another release, may call them
+        layer.mlp = layer.block_sparse_moe
+        del layer.block_sparse_moe
+        layer.mlp.bank = layer.mlp.experts
+        del layer.mlp.experts
+    assert not any("expert" in name or "moe" in name for name, _ in granite.named_modules())
+    assert q.has_experts(granite) and q.decode_weight_bytes(granite) is None
+
+
+def test_a_dense_model_is_none_though_its_configuration_counts_experts():
+    for name in ("qwen2", "falcon_mamba", "gemma4_text", "nemotron_h", "recurrent_gemma", "zamba"):
+        assert not q.has_experts(zoo_model(name)), name
+    assert not q.has_experts(zoo_model("doge", is_moe=False, num_experts=9))
 
 
 def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):

@@ -3,13 +3,33 @@
 `PYTHONPATH=. python tests/test_report.py` writes them anew: read the diff.
 """
 
+import dataclasses
 import io
+import json
+import math
+import queue
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from results import BENCHMARKS, GIB, comparison, files, piped, quality, result, run, runs, settings, text
+from results import (
+    BENCHMARKS,
+    GIB,
+    comparison,
+    compiled,
+    compiled_comparison,
+    files,
+    piped,
+    quality,
+    result,
+    run,
+    runs,
+    settings,
+    text,
+)
 from rich.cells import cell_len
 
 import qwquanto as q
@@ -44,6 +64,46 @@ def test_80_columns_hold_all_that_a_pipe_gets(kind):
 def test_a_pipe_gets_long_lines_uncut():
     failed = replace(comparison()[2], failure="why " * 999 + "[not] markup :key:")
     assert "why " * 999 + "[not] markup :key:\n" in piped(q.Benchmark([comparison()[0], failed]))
+
+
+def figures(plain, path=()):
+    """The paths of all floats in what `asdict` made of a Result; of a list the first one's."""
+    if isinstance(plain, dict | list):
+        items = plain.items() if isinstance(plain, dict) else enumerate(plain[:1])
+        return [found for key, value in items for found in figures(value, (*path, key))]
+    return [path] if isinstance(plain, float) and path[0] != "settings" else []
+
+
+def said(plain):
+    """The Result that the program has of one that a worker sends."""
+    lines = queue.Queue()
+    lines.put(json.dumps({"result": plain}))
+    lines.put(None)
+    view = SimpleNamespace(status=lambda *_: None)
+    return q.follow(lines, q.Result(settings()), view, lambda result: None)[0]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_figure_that_is_no_number_costs_neither_the_report_nor_the_file(number):
+    """Any one of them: it is null in the file, or what it belongs to is left out; the report says so."""
+    for r in (replace(compiled_comparison()[1], warmup=[run(9)]), result(compiled=compiled(20, 21))):
+        for path in figures(dataclasses.asdict(r)):
+            plain = place = dataclasses.asdict(r)
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = number
+            benchmark = q.Benchmark([compiled_comparison()[0], said(plain)])
+            file, shown = q.to_json(benchmark), piped(benchmark)  # to_json raises ValueError for a NaN
+            assert not re.search(r"\b(nan|inf)\b", shown) and "A figure was no number" in shown, path
+            assert piped(q.from_json(file)) == shown, path
+    assert said(dataclasses.asdict(r)) == r
+
+
+def test_a_quality_without_its_kl_is_unknown_and_a_run_without_a_time_is_none():
+    plain = dataclasses.asdict(compiled_comparison()[1])
+    plain["quality"]["kl_divergence"] = plain["runs"][0]["inter_token_s"][3] = math.nan
+    r = said(plain)
+    assert r.quality is None and len(r.runs) == 1 and r.compiled.quality is not None
 
 
 def test_a_result_of_nothing_but_a_failure_has_a_report():

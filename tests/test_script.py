@@ -191,6 +191,16 @@ def test_where_compiling_fails_the_eager_model_is_judged_and_recommended(script,
     assert "bf16 ✗" not in ended.out and "int8 ✗" not in ended.out, "what the tables show was measured"
 
 
+def test_where_compiling_fails_a_single_run_has_its_eager_row(script, tiny, tmp_path):
+    raises = '        raise RuntimeError("No working C++ compiler found")\n'
+    place = "        bench.compiled = prepare_compiled_decode(bench.model, longest)\n"
+    copy = edited(tmp_path, BANDWIDTH, (place, raises))
+    ended = script(path=copy, model_name=tiny, question=QUESTION, compile=True, max_length=40)
+    assert ended.code == 1 and ended.results[0]["unavailable"] and ended.results[0]["prefill_tokens"] == 512
+    assert "--compile unavailable: needs a C++ compiler" in ended.out
+    assert re.search(r"^\| int8 +\|", ended.out, re.MULTILINE) and "int8 ✗" not in ended.out
+
+
 def test_a_raising_and_an_unavailable_precision_are_rows(script, tiny, tmp_path):
     raises = (
         "    if s.weights == 'int8':\n        raise ValueError('odd weights')\n"

@@ -129,6 +129,37 @@ def test_an_empty_comparison_constant_compares_nothing(monkeypatch):
     assert q.parse(["--compare"])[0].compare == [*q.PRECISIONS]
 
 
+def test_a_precision_as_a_flag_is_a_single_run_whatever_the_file_compares(monkeypatch):
+    monkeypatch.setattr(q, "COMPARE", ("none", "int8"))
+    for flags in (["--weights", "int4"], ["--weights=int4"]):
+        s = q.parse(flags)[0]
+        assert (s.weights, s.compare) == ("int4", [])
+    assert q.parse(["--runs", "2"])[0].compare == ["none", "int8"]
+    assert q.parse(["--weights", "int4", "--compare", "none", "int4"])[0].compare == ["none", "int4"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--compare-tokens 64", "--compare-tokens is of a comparison: add --compare, or take --max-length"),
+        ("--quality-tokens=64", "--quality-tokens is of a comparison: add --compare"),
+        (
+            "--weights int4 --compare none int8",
+            "--weights is of a single run: name its precision behind --compare",
+        ),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_told(flags, told):
+    done = start(*flags.split())
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"qwquanto: {told}\n")
+
+
+def test_flags_that_do_something_are_not_told():
+    for flags in ("--compare --compare-tokens 64 --quality-tokens 0", "--weights int4 --max-length 64", ""):
+        s, args = q.parse(flags.split())
+        assert q.unused(s, args.given) == []
+
+
 @pytest.mark.parametrize(
     ("flag", "answer"),
     [

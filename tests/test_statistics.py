@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import statistics
 from dataclasses import replace
 
@@ -273,7 +274,7 @@ def test_a_recommended_precision_that_reads_prompts_slowly_is_said_to():
 
 def test_only_what_was_measured_to_its_end_is_recommended():
     """The eager model; what becomes of the compiled step, which comes last, does not matter to it."""
-    unfinished = result("int2", (99, 99), stored=GIB // 8, complete=False)
+    unfinished = result("int2", (99, 99), stored=GIB // 8, complete=False, compare=("none", "int8", "int2"))
     told = advice(result("none", (20, 20), stored=2 * GIB), result("int8", (10, 10), 0.01), unfinished)
     assert "Fastest: bf16" in told and "Smallest: int8" in told and "keeps the answers: int8" in told
     assert told.endswith("Not measured to the end, so left out here: int2.[/]") and advice(unfinished) == ""
@@ -409,6 +410,8 @@ def test_a_workers_end_in_words():
     assert q.describe_exit(-9) == "its process was killed by SIGKILL (out of memory?)"
     assert q.describe_exit(3) == "its process ended with exit code 3"
     assert q.describe_exit(-11, "in kernel x") == "its process was killed by SIGSEGV (in kernel x)"
+    number = signal.SIGRTMIN + 1  # has no name
+    assert q.describe_exit(-number) == f"its process was killed by signal {number}"
 
 
 @pytest.mark.parametrize(

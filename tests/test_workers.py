@@ -18,9 +18,7 @@ from conftest import BANDWIDTH, QUESTION, SCRIPT, arguments, edited, wait_for
 
 # edits of the script: each gives a worker a fault, or a place to wait in
 RUN = "    torch.manual_seed(seed)\n    energy = energy_j(bench.handles)\n"
-MEASURED = (
-    '    measure(Result(Settings(**job["settings"])), job["reference"], job["on_terminal"], job["debug"])\n'
-)
+MEASURED = '    measure(started, job["reference"], job["on_terminal"], job["debug"])\n'
 STEP = "    STEP_TIMEOUT_S = timeout_s\n    status(doing)\n"
 HANG = (STEP, STEP + "    if doing == os.environ.get('HANG_IN'):\n        time.sleep(3600)\n")
 
@@ -102,6 +100,39 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(script, tiny):
     os.close(read)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0 and b"Error" not in err and b"Traceback" not in err
+
+
+def test_a_picture_is_saved_though_nobody_reads_the_report(script, tiny, tmp_path):
+    read, write = os.pipe()
+    picture = tmp_path / "report.svg"
+    flags = {"model_name": tiny, "question": QUESTION, "max_length": 40, "runs": 1, "report": picture}
+    process = script.start(**flags, streams={"stdout": write})
+    os.close(write)
+    os.close(read)
+    assert not script.end(process).code and "<svg" in picture.read_text(encoding="utf-8")
+
+
+def test_progress_that_nobody_reads_ends_nothing(script, tiny, tmp_path):
+    """As in `2>&1 >report | head -1`, and with a log on a full disk."""
+    read, write = os.pipe()
+    flags = {"path": edited(tmp_path, BANDWIDTH), "model_name": tiny, "question": QUESTION, "max_length": 40}
+    process = script.start(**flags, streams={"stderr": write})
+    os.close(write)
+    os.close(read)
+    ended = script.end(process)
+    assert ended.code == 0 and "### Runs" in ended.out and ended.results[0]["complete"]
+    with open("/dev/full", "wb") as full:
+        ended = script.end(script.start(**flags, streams={"stderr": full}))
+    assert ended.code == 0 and "### Runs" in ended.out and ended.results[0]["complete"]
+
+
+def test_a_report_that_cannot_be_written_is_told(script, tiny, tmp_path):
+    flags = {"path": edited(tmp_path, BANDWIDTH), "model_name": tiny, "question": QUESTION, "max_length": 40}
+    with open("/dev/full", "wb") as full:
+        ended = script.end(script.start(**flags, streams={"stdout": full}))
+    assert ended.code == 1 and ended.results[0]["complete"]
+    told = "qwquanto: cannot write to standard output: No space left on device"
+    assert ended.err.splitlines()[-1] == told
 
 
 def test_results_on_a_full_disk(script, tiny):
@@ -250,6 +281,36 @@ def test_an_end_during_runs_keeps_those_that_were_made(script, tiny, tmp_path, e
     terminal.press_ctrl_c() if end == "0x03" else terminal.process.send_signal(signal.Signals[end])
     shown = check_interrupted(terminal, worker.pid)
     assert "### Runs" in shown and re.search(r"^\| 1 ", shown, re.MULTILINE)
+
+
+def ignore_signals():
+    """As `nohup` leaves SIGHUP to what it starts, and a plain sh Ctrl-C to what runs in its background."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def test_signals_that_were_ignored_stay_so(script, tiny, tmp_path):
+    copy, streams = edited(tmp_path, BANDWIDTH), {"preexec_fn": ignore_signals}
+    process = script.start(path=copy, model_name=tiny, question=QUESTION, max_length=40, streams=streams)
+    process.send_signal(signal.SIGINT)  # before main() takes over, too
+    wait_for(lambda: script.results, process)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)
+    ended = script.end(process)
+    assert ended.code == 0 and len(ended.results[0]["runs"]) == 2 and "interrupted" not in ended.err
+
+
+def test_a_terminal_that_is_closed_ends_nothing_after_nohup(script, tiny, tmp_path):
+    """Whatever is written to it fails from then on: progress, the status line and the report."""
+    ours, theirs = pty.openpty()
+    streams = {"stdout": theirs, "stderr": theirs, "preexec_fn": ignore_signals}
+    copy = edited(tmp_path, BANDWIDTH)
+    process = script.start(path=copy, model_name=tiny, question=QUESTION, max_length=40, streams=streams)
+    os.close(theirs)
+    wait_for(lambda: script.results, process)
+    os.close(ours)
+    assert process.wait(timeout=120) == 0 and script.results[0]["complete"]
+    assert len(script.results[0]["runs"]) == 2
 
 
 def test_ctrl_c_while_importing(script, tiny):
