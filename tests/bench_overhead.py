@@ -14,38 +14,46 @@ import time
 
 import torch
 from conftest import alternate, paired_interval
+from results import parse
 
-import qwquanto as q
+from _qwquanto.channel import CHANNEL
+from _qwquanto.compiled.prepare import prepare_compiled_decode
+from _qwquanto.settings import check
+from _qwquanto.worker.checkpoint import download_model, load_tokenizer
+from _qwquanto.worker.devices import choose_devices, nvml_handles, peak_memory, synchronize
+from _qwquanto.worker.generation import Bench, generation_options, run_once
+from _qwquanto.worker.loading import load_model, make_meta_model
+from _qwquanto.worker.measure import tokenize
 
 
 def main(argv: list[str], pairs: int = 24) -> None:
-    s, _ = q.parse(["--compare", "--compare-tokens", "32", *argv])
-    if problems := q.check(s):
+    s, _ = parse(["--compare", "--compare-tokens", "32", *argv])
+    if problems := check(s):
         sys.exit("\n".join(problems))
-    devices = q.choose_devices(s.device)[0][:1]
-    handles, _ = q.nvml_handles(devices)
-    folder = q.download_model(s.model_name, s.random_weights, True)
-    model = q.load_model(s, folder, q.make_meta_model(s, folder), devices)
-    tokenizer = None if s.random_weights else q.load_tokenizer(s.model_name, folder, s.trust_remote_code)
-    prompt = q.tokenize(s, tokenizer, model.config).to(devices[0])
-    bench = q.Bench(s, devices, handles, model=model, tokenizer=tokenizer, prompt=prompt)
+    devices = choose_devices(s.device)[0][:1]
+    handles, _ = nvml_handles(devices)
+    folder = download_model(s.model_name, s.random_weights, True)
+    model = load_model(s, folder, make_meta_model(s, folder), devices)
+    tokenizer = None if s.random_weights else load_tokenizer(s.model_name, folder, s.trust_remote_code)
+    prompt = tokenize(s, tokenizer, model.config).to(devices[0])
+    bench = Bench(s, devices, handles, model=model, tokenizer=tokenizer, prompt=prompt)
     bench.new_tokens, bench.positions_left = s.compare_tokens, 4096
     if s.compile:
-        bench.compiled = q.prepare_compiled_decode(model, prompt.shape[1] + s.compare_tokens)
-    bare = q.generation_options(bench) | {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+        bench.compiled = prepare_compiled_decode(model, prompt.shape[1] + s.compare_tokens)
+    bare = generation_options(bench) | {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
     bare |= bench.compiled.options if bench.compiled else {}
-    q.CHANNEL = open(os.devnull, "w")  # noqa: SIM115 (a worker speaks into a pipe)
+    CHANNEL.file = open(os.devnull, "w")  # noqa: SIM115 (a worker speaks into a pipe)
 
     def measured(seed: int) -> float:
-        with q.peak_memory(devices, handles):  # as in `timed_runs`
-            return q.run_once(bench, seed, "run").latency_s
+        with peak_memory(devices, handles):  # as in `timed_runs`
+            return run_once(bench, seed, "run").latency_s
 
     def plain(seed: int) -> float:
         torch.manual_seed(seed)
-        q.synchronize(devices)
+        synchronize(devices)
         begin = time.perf_counter()
         model.generate(prompt, **bare)
-        q.synchronize(devices)
+        synchronize(devices)
         return time.perf_counter() - begin
 
     ratio, low, high = paired_interval(*alternate(measured, plain, pairs))

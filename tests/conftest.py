@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def alternate(measured, plain, pairs):
 
 def paired_interval(values, base):
     """Geometric mean of pairs' ratios, and its 95 % interval: Student's t on logarithms."""
-    from qwquanto import student_t
+    from _qwquanto.stats import student_t
 
     logs = [math.log(a / b) for a, b in zip(values, base, strict=True)]
     half = student_t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
@@ -167,12 +168,15 @@ BANDWIDTH = ("min(2**30, memory_of", "min(2**24, memory_of")
 
 def edited(folder, *replacements):
     """The path of a copy of the script with other text in it, for faults that must happen inside a worker."""
-    text = SCRIPT.read_text(encoding="utf-8")
-    for old, new in replacements:
-        assert text.count(old) == 1, f"{text.count(old)} times in the script: {old}"
-        text = text.replace(old, new)
     copy = folder / "qwquanto.py"
-    copy.write_text(text, encoding="utf-8")
+    shutil.copy(SCRIPT, copy)
+    shutil.copytree(ROOT / "_qwquanto", folder / "_qwquanto", ignore=shutil.ignore_patterns("__pycache__"))
+    for old, new in replacements:
+        found = [path for path in (copy, *folder.glob("_qwquanto/**/*.py")) if old in path.read_text("utf-8")]
+        assert len(found) == 1, f"in {len(found)} files: {old}"
+        text = found[0].read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{text.count(old)} times in {found[0].name}: {old}"
+        found[0].write_text(text.replace(old, new), encoding="utf-8")
     return copy
 
 

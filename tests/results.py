@@ -2,17 +2,28 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 
-import qwquanto as q
+import qwquanto
+from _qwquanto.console import render
+from _qwquanto.report import report
+from _qwquanto.results import Benchmark, Compiled, Quality, Result, Run
+from _qwquanto.settings import PRECISIONS
+from _qwquanto.settings import parse as parse_constants
 
 GIB = 2**30
 
 
+def parse(argv):
+    """Settings and the other flags, from the script's constants."""
+    return parse_constants(argv, vars(qwquanto), Path(qwquanto.__file__))
+
+
 def settings(**changes):
     """Settings of the constants as they are in the file."""
-    return replace(q.parse([])[0], **changes)
+    return replace(parse([])[0], **changes)
 
 
 def run(rate=10.0, tokens=40, **changes):
@@ -27,7 +38,7 @@ def run(rate=10.0, tokens=40, **changes):
     }
     known |= {"ttft_s": 0.05, "decode_tokens_per_s": rate if gaps else None, "tokens_per_s": tokens / 4}
     known |= {"inter_token_s": gaps, "text": "The [bold] answer\nis :key: 42."}
-    return q.Run(**known | changes)
+    return Run(**known | changes)
 
 
 def runs(*rates, **changes):
@@ -37,7 +48,7 @@ def runs(*rates, **changes):
 def quality(kl, error=0.0001, **changes):
     known = {"reference": "none", "positions": 200, "kl_divergence": kl, "kl_standard_error": error}
     known |= {"kl_p99": 10 * kl, "same_top_token": 0.9, "low": 0.85, "high": 0.93}
-    return q.Quality(**known | changes)
+    return Quality(**known | changes)
 
 
 def result(weights="int8", rates=(10.0, 10.0), kl=None, stored=GIB, compare=(), **changes):
@@ -58,17 +69,17 @@ def result(weights="int8", rates=(10.0, 10.0), kl=None, stored=GIB, compare=(), 
     known |= {"eager_complete": changes.get("complete", True)}
     known |= {"prefill_tokens": 512, "prefill_tokens_per_s": 500.0, "prefill_rates": [490.0, 500.0, 510.0]}
     known |= {"is_reference": weights == "none", "quality": None if kl is None else quality(kl)}
-    return q.Result(**known | changes)
+    return Result(**known | changes)
 
 
 def compiled(*rates, **changes):
     known = {"way": "this script's compiled decode step", "seconds": 61.0, "graphs": 3, "runs": runs(*rates)}
-    return q.Compiled(**known | {"bandwidth_utilization": 0.8} | changes)
+    return Compiled(**known | {"bandwidth_utilization": 0.8} | changes)
 
 
 def comparison():
     """One of all five precisions: one failed, one is broken; int8 tried torch.compile(model)."""
-    each = {"compare": [*q.PRECISIONS]}
+    each = {"compare": [*PRECISIONS]}
     return [
         result("none", (19.9, 20.1), stored=2 * GIB, **each),
         result("int8", (9.9, 10.1), 0.004, stored=int(1.1 * GIB), torch_compile_graphs=0, **each),
@@ -95,7 +106,7 @@ def interrupted():
     first, second = comparison()[:2]
     unfinished = {"quality": None, "torch_compile_graphs": None, "eager_complete": False, "complete": False}
     second = replace(second, runs=second.runs[:1], **unfinished)
-    return q.Benchmark([first, second], interrupted=True)
+    return Benchmark([first, second], interrupted=True)
 
 
 def text(parts, width=80):
@@ -110,7 +121,7 @@ def text(parts, width=80):
 def piped(benchmark):
     """What standard output gets where it is no terminal."""
     out = io.StringIO()
-    q.render(q.report(benchmark), out)
+    render(report(benchmark), out)
     return out.getvalue()
 
 
@@ -123,8 +134,8 @@ def files():
     after[3] = replace(after[3], quality=quality(0.1), runs=runs(17.9, 18.0, 18.1))
     dates = [f"2026-11-{day}T10:00:00+00:00" for day in (25, 26)]
     return ["before.json", "runs/after.json"], [
-        q.Benchmark(before, date=dates[0]),
-        q.Benchmark(after, date=dates[1]),
+        Benchmark(before, date=dates[0]),
+        Benchmark(after, date=dates[1]),
     ]
 
 
@@ -142,17 +153,17 @@ def gpu_comparison():
 
 
 BENCHMARKS = {
-    "single": q.Benchmark([result(warmup=[run(9, tokens=16)], runs=[*runs(10, 10.2), run(tokens=1)])]),
-    "chinese": q.Benchmark(
+    "single": Benchmark([result(warmup=[run(9, tokens=16)], runs=[*runs(10, 10.2), run(tokens=1)])]),
+    "chinese": Benchmark(
         [result("none", runs=runs(10, text="如何计算矩阵的行列式？" * 40), compare=("none",))]
     ),
-    "comparison": q.Benchmark(comparison()),
-    "compiled": q.Benchmark(
+    "comparison": Benchmark(comparison()),
+    "compiled": Benchmark(
         [result(warmup=[run(9, tokens=16)], compiled=compiled(20, 21, warmup=runs(18, 19, tokens=16)))]
     ),
-    "compiled comparison": q.Benchmark(compiled_comparison()),
-    "gpu comparison": q.Benchmark(gpu_comparison()),
-    "failed": q.Benchmark([result(failure="its process ended with exit code 1", complete=False)]),
+    "compiled comparison": Benchmark(compiled_comparison()),
+    "gpu comparison": Benchmark(gpu_comparison()),
+    "failed": Benchmark([result(failure="its process ended with exit code 1", complete=False)]),
     "interrupted": interrupted(),
-    "random weights": q.Benchmark([result(settings=settings(random_weights=True))]),
+    "random weights": Benchmark([result(settings=settings(random_weights=True))]),
 }

@@ -9,8 +9,28 @@ import pytest
 import torch
 import transformers
 from conftest import ANSWER, QUESTION, ROOT
+from transformers.cache_utils import StaticSlidingWindowLayer
 
-import qwquanto as q
+from _qwquanto.channel import Failure
+from _qwquanto.compiled import prepare
+from _qwquanto.compiled.layers import (
+    DequantLinear,
+    PerChannelLinear,
+    SharedProducts,
+    TinyGemmLinear,
+    dequant_linear,
+    merge_layers,
+    swap_layers,
+)
+from _qwquanto.compiled.prepare import (
+    OWN_STEP,
+    STATIC_CACHE,
+    compile_decode,
+    graphs_compiled,
+    prepare_compiled_decode,
+)
+from _qwquanto.compiled.step import draw_token, window_attention
+from _qwquanto.worker.quanto import mend_quanto
 
 SIZE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -24,7 +44,7 @@ KINDS = {name: getattr(optimum.quanto, f"q{name}") for name in PRECISIONS[1:]}
 def fresh():
     """Nothing compiled before, and Quanto as the script mends it."""
     torch._dynamo.reset()
-    q.mend_quanto()
+    mend_quanto()
 
 
 def quantized(model, weights):
@@ -76,8 +96,8 @@ def compile_and_compare(model, length=20, max_tokens=64, reference=None):
     """
     prompts = torch.arange(40, 50)[None], torch.arange(40, 45)[None]
     eager = [logits(reference or model, prompt, length) for prompt in prompts]
-    done = q.prepare_compiled_decode(model, max_tokens)
-    graphs, any_clear = q.graphs_compiled(), False
+    done = prepare_compiled_decode(model, max_tokens)
+    graphs, any_clear = graphs_compiled(), False
     for prompt, wanted in zip(prompts, eager, strict=True):
         found = logits(model, prompt, length, wanted.argmax(-1).tolist(), **done.options)
         top = wanted.topk(2).values
@@ -85,7 +105,7 @@ def compile_and_compare(model, length=20, max_tokens=64, reference=None):
         any_clear = any_clear or clear.any().item()
         assert (found.argmax(-1) == wanted.argmax(-1))[clear].all()
         assert (found - wanted).norm() / wanted.norm() < 0.02
-    assert any_clear and q.graphs_compiled() == graphs
+    assert any_clear and graphs_compiled() == graphs
     return done
 
 
@@ -93,14 +113,14 @@ def compile_and_compare(model, length=20, max_tokens=64, reference=None):
 def test_compiled_logits_are_quantos(tiny, weights):
     """Four graphs, of layers, norm, positions and output, serve all layers and windows."""
     done = compile_and_compare(trained(tiny, weights), *((270, 300) if weights == "int8" else (20, 64)))
-    assert (done.way, done.graphs) == (q.OWN_STEP, 4)
+    assert (done.way, done.graphs) == (OWN_STEP, 4)
 
 
 def test_int4_on_a_cpu_keeps_tinygemms_tensors():
     """Layers of more than 128 inputs, and a multiple of 16 outputs."""
     model = random_model("llama", "int4", hidden_size=256, intermediate_size=512)
-    assert isinstance(q.dequant_linear(model.model.layers[0].mlp.up_proj), q.TinyGemmLinear)
-    assert compile_and_compare(model).way == q.OWN_STEP
+    assert isinstance(dequant_linear(model.model.layers[0].mlp.up_proj), TinyGemmLinear)
+    assert compile_and_compare(model).way == OWN_STEP
 
 
 WINDOWS = {"sliding_window": 16, "num_hidden_layers": 3}
@@ -121,7 +141,7 @@ WINDOWS = {"sliding_window": 16, "num_hidden_layers": 3}
 def test_other_attention_goes_transformers_way(name, weights, options):
     """24 tokens beyond a window of 16, soft caps, alternating caches, no attention interface."""
     done = compile_and_compare(random_model(name, weights, **options))
-    assert (done.way, done.graphs) == (q.STATIC_CACHE, 1)
+    assert (done.way, done.graphs) == (STATIC_CACHE, 1)
 
 
 def test_a_program_of_ones_own(tiny):
@@ -130,19 +150,19 @@ def test_a_program_of_ones_own(tiny):
     prompts = [beginning(tiny, length) for length in (12, 1, 5)]
     greedy = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
     eager = [model.generate(ids, **greedy) for ids in prompts]
-    options = q.compile_decode(model, max_tokens=64)
+    options = compile_decode(model, max_tokens=64)
     for ids, wanted in zip(prompts * 2, eager * 2, strict=True):
         assert torch.equal(model.generate(ids, **greedy, **options), wanted)
-    with pytest.raises(q.Failure, match="make 112 tokens"):
+    with pytest.raises(Failure, match="make 112 tokens"):
         model.generate(prompts[0], max_new_tokens=100, pad_token_id=0, **options)
-    with pytest.raises(q.Failure, match="options"):
+    with pytest.raises(Failure, match="options"):
         model.generate(prompts[0], **greedy)
-    with pytest.raises(q.Failure, match="one sequence"):
+    with pytest.raises(Failure, match="one sequence"):
         model.generate(prompts[0].repeat(2, 1), **greedy, **options)
-    with pytest.raises(q.Failure, match="padding"):
+    with pytest.raises(Failure, match="padding"):
         model.generate(prompts[0], attention_mask=torch.tensor([[0, *[1] * 11]]), **greedy, **options)
-    with pytest.raises(q.Failure, match="already"):
-        q.compile_decode(model, max_tokens=64)
+    with pytest.raises(Failure, match="already"):
+        compile_decode(model, max_tokens=64)
 
 
 def test_the_lines_of_the_readme_run(tiny):
@@ -180,7 +200,7 @@ def test_generate_gives_what_it_gives_uncompiled(tiny):
         },
     ]
     wanted = [model.generate(ids, **greedy, **more) for more in asked]
-    options = q.compile_decode(model, max_tokens=64)
+    options = compile_decode(model, max_tokens=64)
     found = [model.generate(ids, **greedy, **more, **options) for more in asked]
     assert torch.equal(found[0], wanted[0]) and found[0].shape[1] < 12 + 30 and found[0][0, -1] == answer[7]
     assert torch.equal(found[1], wanted[1]) and found[1].shape[1] == 20
@@ -201,11 +221,11 @@ def test_tokens_are_drawn_by_their_probability():
     for top_k, allowed in ((None, [0, 1, 2, 3, 4]), (3, [1, 3, 4]), (9, [0, 1, 2, 3, 4])):
         probabilities = torch.zeros(5)
         probabilities[allowed] = scores[0, allowed].softmax(-1)
-        drawn = torch.cat([q.draw_token(scores, True, top_k) for _ in range(times)])
+        drawn = torch.cat([draw_token(scores, True, top_k) for _ in range(times)])
         counts = torch.bincount(drawn.flatten(), minlength=5)
         spread = (times * probabilities * (1 - probabilities)).sqrt()
         assert ((counts - times * probabilities).abs() <= 4 * spread).all(), (top_k, counts)
-    assert q.draw_token(scores, False, None).tolist() == [[1]]
+    assert draw_token(scores, False, None).tolist() == [[1]]
 
 
 def test_two_models_in_one_program_keep_apart(tiny):
@@ -226,7 +246,7 @@ def test_odd_shapes(rows, columns, dtype, weights):
         linear = optimum.quanto.QLinear.from_module(linear, weights=KINDS[weights])
         linear.freeze()
     weight = linear.weight if weights == "none" else linear.weight.dequantize()
-    layer = q.dequant_linear(linear)
+    layer = dequant_linear(linear)
     for tokens in (1, 5):
         x = torch.randn(1, columns, tokens, dtype=dtype).transpose(1, 2)
         wanted = x.double() @ weight.double().t() + linear.bias.double()
@@ -249,8 +269,8 @@ def test_odd_shapes_compiled(weights):
 
 def test_layers_with_one_input_share_a_product_and_no_memory(tiny):
     model = trained(tiny, "int8")
-    q.swap_layers(model)
-    q.merge_layers(model)
+    swap_layers(model)
+    merge_layers(model)
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     assert attention.q_proj.merged == attention.k_proj.merged == attention.v_proj.merged != ()
     assert mlp.gate_proj.merged == mlp.up_proj.merged != () and not mlp.down_proj.merged
@@ -281,7 +301,7 @@ def test_int8s_kernel_gets_addresses_that_it_can_load(monkeypatch):
     layers = []
     for rows in (96, 64):
         data = torch.randint(-127, 128, (rows, 64), dtype=torch.int8)
-        layers.append(q.PerChannelLinear(None, data, torch.rand(rows, 1).bfloat16()))
+        layers.append(PerChannelLinear(None, data, torch.rand(rows, 1).bfloat16()))
     part = lambda x: layers[1](layers[0](x)[..., 1:65])
     x = torch.randn(1, 1, 64).bfloat16()
     for answer in (part(x), torch.compile(part, fullgraph=True)(x)):
@@ -294,7 +314,7 @@ def test_a_product_asked_for_twice_is_computed_once():
     x, w, s = (graph.placeholder(name) for name in "xws")
     products = [graph.call_function(torch.ops.qwquanto.gemv.default, (x, w, s)) for _ in range(3)]
     graph.output(tuple(products))
-    q.SharedProducts()(graph)
+    SharedProducts()(graph)
     assert [node.op for node in graph.nodes].count("call_function") == 1
 
 
@@ -304,8 +324,8 @@ def test_an_adapter_with_a_forward_of_its_own_stays():
             return super().forward(x).topk(1)
 
     model = torch.nn.ModuleDict({"router": Router(16, 4), "linear": torch.nn.Linear(16, 4)})
-    q.swap_layers(model)
-    assert type(model["router"]) is Router and isinstance(model["linear"], q.DequantLinear)
+    swap_layers(model)
+    assert type(model["router"]) is Router and isinstance(model["linear"], DequantLinear)
 
 
 def with_activations(*functions):
@@ -323,13 +343,13 @@ def test_layers_that_differ_are_compiled_apart():
 def test_a_difference_that_no_signature_sees_is_found_out():
     """The second layer would answer as the first one does."""
     model = with_activations(functools.partial(torch.mul, 1.0), functools.partial(torch.mul, 1000.0))
-    with pytest.raises(q.Failure, match="answers otherwise"):
-        q.compile_decode(model, 64)
+    with pytest.raises(Failure, match="answers otherwise"):
+        compile_decode(model, 64)
 
 
 def test_what_transformers_does_not_compile_is_refused():
-    with pytest.raises(q.Failure, match="transformers does not compile this model"):
-        q.compile_decode(random_model("mamba"), 64)
+    with pytest.raises(Failure, match="transformers does not compile this model"):
+        compile_decode(random_model("mamba"), 64)
 
 
 def test_positions_that_change_are_refused():
@@ -337,21 +357,21 @@ def test_positions_that_change_are_refused():
     factors = {"long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": 32}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     model = random_model("phi3", rope_parameters=rope, original_max_position_embeddings=32, eos_token_id=None)
-    with pytest.raises(q.Failure, match="32 tokens"):
-        q.compile_decode(model, 64)
+    with pytest.raises(Failure, match="32 tokens"):
+        compile_decode(model, 64)
     compile_and_compare(model, 10, 32)
 
 
 def test_nothing_compiled_is_a_failure(tiny, monkeypatch):
-    monkeypatch.setattr(q, "graphs_compiled", lambda: 7)
-    with pytest.raises(q.Failure, match="compiled nothing"):
-        q.compile_decode(trained(tiny, "none"), 64)
+    monkeypatch.setattr(prepare, "graphs_compiled", lambda: 7)
+    with pytest.raises(Failure, match="compiled nothing"):
+        compile_decode(trained(tiny, "none"), 64)
 
 
 def test_float8_is_read_bit_by_bit_where_the_hardware_cannot():
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     numbers = numbers[~numbers.float().isnan()][None]
-    layer = q.PerChannelLinear(None, numbers, torch.ones(1, 1))
+    layer = PerChannelLinear(None, numbers, torch.ones(1, 1))
     layer.emulated = True
     assert torch.equal(layer.to_float(numbers), numbers.float())
 
@@ -359,8 +379,8 @@ def test_float8_is_read_bit_by_bit_where_the_hardware_cannot():
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "sliding_window", "position_bias"])
 def test_unknown_attention_is_refused(name):
     x = torch.zeros(1, 2, 1, 4)
-    with pytest.raises(q.Failure, match=name):
-        q.window_attention(None, x, x, x, torch.ones(1, 1, 1, 8, dtype=torch.bool), **{name: 30.0})
+    with pytest.raises(Failure, match=name):
+        window_attention(None, x, x, x, torch.ones(1, 1, 1, 8, dtype=torch.bool), **{name: 30.0})
 
 
 def test_large_scores_in_float16_stay_finite():
@@ -370,7 +390,7 @@ def test_large_scores_in_float16_stay_finite():
     mask = torch.ones(1, 1, 1, 8, dtype=torch.bool)
     halves = [t.half() for t in (query, key, value)]
     assert (halves[0] @ halves[1].repeat_interleave(2, 1).transpose(2, 3)).isinf().any()
-    found, _ = q.window_attention(None, *halves, mask, scaling=128**-0.5)
+    found, _ = window_attention(None, *halves, mask, scaling=128**-0.5)
     exact = [t.double() for t in halves]
     wanted = torch.nn.functional.scaled_dot_product_attention(*exact, enable_gqa=True).transpose(1, 2)
     assert torch.allclose(found.double(), wanted, rtol=1e-2)
@@ -385,12 +405,12 @@ def test_upstream_still_refuses_to_compile_quanto():
 
 def test_upstream_sliding_layers_still_count_in_python():
     """Once this fails, `prepare_compiled_decode` may leave StaticSlidingWindowLayer in the cache."""
-    assert "cumulative_length_int" in inspect.getsource(q.StaticSlidingWindowLayer.update)
+    assert "cumulative_length_int" in inspect.getsource(StaticSlidingWindowLayer.update)
 
 
 def test_upstream_documented_recipe_still_compiles_nothing(tiny):
     """Once this fails, README's section on compiling must change: torch.compile(model).generate compiles."""
     model = trained(tiny, "none")
-    before = q.graphs_compiled()
+    before = graphs_compiled()
     torch.compile(model).generate(torch.tensor([[40, 41]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert q.graphs_compiled() == before
+    assert graphs_compiled() == before

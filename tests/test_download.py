@@ -14,17 +14,17 @@ from conftest import ANSWER, QUESTION
 
 # One process gets several models: huggingface_hub reads its environment at import, which takes seconds.
 CODE = """import json, sys
-import qwquanto
-from qwquanto import Failure, download_model
-qwquanto.log = lambda text: print('log:', text, file=sys.stderr, flush=True)
+from _qwquanto.channel import Failure
+from _qwquanto.worker import checkpoint
+checkpoint.log = lambda text: print('log:', text, file=sys.stderr, flush=True)
 def status(text, fraction=None):
     done = "" if fraction is None else f" [{fraction:.2f}]"
     print(f"status: {text}{done}", file=sys.stderr, flush=True)
-qwquanto.status = status
+checkpoint.status = status
 for name in sys.argv[1:]:
     model, _, random = name.partition("?")
     try:
-        print(json.dumps(download_model(model, bool(random), False)), flush=True)
+        print(json.dumps(checkpoint.download_model(model, bool(random), False)), flush=True)
     except Failure as failure:
         print(json.dumps(f"FAILURE {failure}"), flush=True)
 """

@@ -12,14 +12,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qwquanto
-from qwquanto import (
-    Bench,
-    check_checkpoint,
-    describe_error,
-    load_tokenizer,
-    random_state,
-    reference_file,
-)
+from _qwquanto.channel import describe_error
+from _qwquanto.worker.checkpoint import check_checkpoint, load_tokenizer
+from _qwquanto.worker.generation import Bench
+from _qwquanto.worker.loading import random_state
+from _qwquanto.worker.quality import reference_file
 
 
 def failure(call, *arguments):

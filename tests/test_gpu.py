@@ -22,7 +22,23 @@ from conftest import SCRIPT, alternate, arguments, paired_interval
 from optimum.quanto import QLinear, qfloat8, qint2, qint4, qint8
 from results import settings
 
-import qwquanto as q
+from _qwquanto.compiled.layers import dequant_linear
+from _qwquanto.compiled.ops import flash_decode
+from _qwquanto.compiled.prepare import OWN_STEP, graphs_compiled, prepare_compiled_decode
+from _qwquanto.settings import PRECISIONS
+from _qwquanto.stats import joules_per_token
+from _qwquanto.worker.devices import memory_bandwidth, nvml_handles, peak_memory, snapshot
+from _qwquanto.worker.generation import (
+    Bench,
+    cudnn_attention,
+    generate,
+    generation_options,
+    profile_a_step,
+    run_once,
+)
+from _qwquanto.worker.loading import decode_weight_bytes, load_model, make_meta_model, weight_stats
+from _qwquanto.worker.measure import tokenize
+from _qwquanto.worker.quanto import leave_out_cudnn_attention, mend_quanto
 
 pytestmark = pytest.mark.gpu
 GPU = ["cuda:0"]
@@ -48,11 +64,11 @@ def witness(name, ours, theirs, tolerance):
 def bench():
     """Qwen2.5-3B's shape in int8 on the first GPU."""
     s = settings(random_weights=True, device="cuda:0", compare=("int8",))
-    handles, notes = q.nvml_handles(GPU)
+    handles, notes = nvml_handles(GPU)
     assert not notes
-    model = q.load_model(s, None, q.make_meta_model(s, None), GPU)
-    prompt = q.tokenize(s, None, model.config).to("cuda:0")
-    yield q.Bench(
+    model = load_model(s, None, make_meta_model(s, None), GPU)
+    prompt = tokenize(s, None, model.config).to("cuda:0")
+    yield Bench(
         s, GPU, handles, model=model, prompt=prompt, new_tokens=48, positions_left=4096,
     )  # fmt: skip
     del model
@@ -72,19 +88,19 @@ def storage_bytes():
 
 def test_memory(bench):
     """Held against the sum over storages, against nvidia-smi, and against blocks of a size that is known."""
-    seen = q.snapshot(GPU, bench.handles)
+    seen = snapshot(GPU, bench.handles)
     witness(
         "weights B, against all storages",
-        q.weight_stats(bench.model, GPU)["weight_bytes"],
+        weight_stats(bench.model, GPU)["weight_bytes"],
         storage_bytes(),
         0.01,
     )
     witness("allocated B, against all storages", seen["cuda:0 allocated"], storage_bytes(), 0.01)
     witness("device used MiB, against nvidia-smi", seen["cuda:0 used"] / 2**20, smi("memory.used"), 0.01)
     before, size = smi("memory.used"), 3 * 2**30
-    with q.peak_memory(GPU, bench.handles) as peak:
+    with peak_memory(GPU, bench.handles) as peak:
         block = torch.empty(size, dtype=torch.uint8, device="cuda:0")
-        during, held = q.snapshot(GPU, bench.handles), smi("memory.used")
+        during, held = snapshot(GPU, bench.handles), smi("memory.used")
         del block
         highest = peak()
     torch.cuda.empty_cache()
@@ -116,7 +132,7 @@ def test_bandwidth():
         times.append(begin.elapsed_time(end) / 1000)
     witness(
         "memory GB/s, against CUDA events",
-        q.memory_bandwidth("cuda:0") / 1e9,
+        memory_bandwidth("cuda:0") / 1e9,
         2 * size / min(times[5:]) / 1e9,
         0.05,
     )
@@ -125,7 +141,7 @@ def test_bandwidth():
 def test_speed(bench):
     """tokens/s against a stopwatch around a bare generate(), TTFT against max_new_tokens=1; in pairs."""
     short = replace(bench, new_tokens=16)
-    bare = q.generation_options(short) | {"attention_mask": torch.ones_like(bench.prompt), "pad_token_id": 0}
+    bare = generation_options(short) | {"attention_mask": torch.ones_like(bench.prompt), "pad_token_id": 0}
 
     def stopwatch(seed, **more):
         torch.manual_seed(seed)
@@ -145,8 +161,8 @@ def test_speed(bench):
         print(f"| {name} | {ratio:.4f} ({low:.4f} to {high:.4f}) | 1 | |", flush=True)
         assert low >= 1 / most and high <= most, name
 
-    latency = lambda seed: q.run_once(short, seed, "run").latency_s
-    first = lambda seed: q.run_once(short, seed, "run").ttft_s
+    latency = lambda seed: run_once(short, seed, "run").latency_s
+    first = lambda seed: run_once(short, seed, "run").ttft_s
     compare("latency over a stopwatch's (95 % interval)", latency, stopwatch, 1.15)
     compare("TTFT over max_new_tokens=1", first, lambda seed: stopwatch(seed, max_new_tokens=1), 1.15)
 
@@ -155,7 +171,7 @@ def kernel_names(bench):
     """Of a token's kernels on the GPU."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as profiler:
-        q.generate(bench, "profiled", **q.generation_options(replace(bench, new_tokens=3)))
+        generate(bench, "profiled", **generation_options(replace(bench, new_tokens=3)))
     return [e.key for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
 
 
@@ -164,12 +180,12 @@ def test_no_timed_token_plans_attention(bench):
 
     The day when the second half fails, `leave_out_cudnn_attention` can go.
     """
-    was_on = q.leave_out_cudnn_attention(False)
+    was_on = leave_out_cudnn_attention(False)
     names = kernel_names(bench)
     assert names and not [name for name in names if "cudnn" in name and "norm" not in name.lower()], names
     if torch.cuda.get_device_capability() == (9, 0):
         prompt = bench.prompt.repeat(1, 7)  # lengths that no test has had before
-        found = q.cudnn_attention(replace(bench, left_out_cudnn=True, prompt=prompt))
+        found = cudnn_attention(replace(bench, left_out_cudnn=True, prompt=prompt))
         print(f"| cuDNN's attention, ms a token: first, again | {found} | | |", flush=True)
         assert was_on and found["first"] > 1.2 * found["again"]
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -177,10 +193,10 @@ def test_no_timed_token_plans_attention(bench):
 
 def test_gpu_at_work(bench):
     """Kernels take at least the time to read each weight once, and at most that of the whole step."""
-    calls, seconds = q.profile_a_step(bench)
-    rate = q.run_once(bench, 0, "run").decode_tokens_per_s
+    calls, seconds = profile_a_step(bench)
+    rate = run_once(bench, 0, "run").decode_tokens_per_s
     print(f"| GPU at work in an eager int8 step | {seconds * rate:.1%} | | |", flush=True)
-    assert calls and q.decode_weight_bytes(bench.model) / q.memory_bandwidth("cuda:0") < seconds < 1 / rate
+    assert calls and decode_weight_bytes(bench.model) / memory_bandwidth("cuda:0") < seconds < 1 / rate
 
 
 def test_energy(bench):
@@ -195,19 +211,19 @@ def test_energy(bench):
     watcher.start()
     time.sleep(0.5)
     begin = time.perf_counter()
-    run = q.run_once(replace(bench, new_tokens=200), 0, "run")
+    run = run_once(replace(bench, new_tokens=200), 0, "run")
     end = begin + run.latency_s
     time.sleep(0.5)
     ended.set()
     watcher.join()
     inside = [w for t, w in watts if begin <= t <= end]
-    joules = q.joules_per_token([run]) * run.generated_tokens
+    joules = joules_per_token([run]) * run.generated_tokens
     witness("energy J, against nvidia-smi", joules, statistics.fmean(inside) * run.latency_s, 0.1)
 
 
 def test_float8_keeps_its_biases():
     """Quanto's own CUDA kernel for float8 drops them; the script's choice of kernel must not."""
-    q.mend_quanto()
+    mend_quanto()
     torch.manual_seed(0)
     linear = torch.nn.Linear(2048, 256, dtype=torch.bfloat16, device="cuda:0")
     linear.bias.data.normal_(0, 3)
@@ -221,10 +237,10 @@ def test_float8_keeps_its_biases():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("weights", q.PRECISIONS)
+@pytest.mark.parametrize("weights", PRECISIONS)
 def test_a_layer_to_compile_is_quantos(weights, dtype, device="cuda:0"):
     """One token through each kind of layer at Qwen2.5-3B's longest sum, and at an awkward count of rows."""
-    q.mend_quanto()
+    mend_quanto()
     for rows in (2048, 136 if weights == "int4" else 131):  # TinyGemm knows multiples of 8 alone
         torch.manual_seed(0)
         linear = torch.nn.Linear(11008, rows, dtype=dtype, device=device)
@@ -236,7 +252,7 @@ def test_a_layer_to_compile_is_quantos(weights, dtype, device="cuda:0"):
         x = torch.randn(1, 1, 11008, dtype=dtype, device=device)
         with torch.no_grad():
             wanted = x.double() @ weight.double().t() + linear.bias.double()
-            found = q.dequant_linear(linear)(x)
+            found = dequant_linear(linear)(x)
         assert ((found - wanted).norm() / wanted.norm()).item() < 0.01, rows
 
 
@@ -252,7 +268,7 @@ def test_attention_of_one_token(heads, kv, size, window, last, dtype, device="cu
     key, value = (torch.randn(1, kv, window + 16, size, dtype=dtype, device=device) for _ in range(2))
     mask = (torch.arange(window, device=device) <= last)[None, None, None]
     key[:, :, last + 1 :], value[:, :, last + 1 :] = torch.nan, torch.nan
-    found = q.flash_decode(query, key, value, mask, size**-0.5)
+    found = flash_decode(query, key, value, mask, size**-0.5)
     known = (t[:, :, : last + 1].double() for t in (key, value))
     wanted = torch.nn.functional.scaled_dot_product_attention(query.double(), *known, enable_gqa=True)
     assert ((found - wanted).norm() / wanted.norm()).item() < 0.01
@@ -274,22 +290,22 @@ def logits_of(model, prompt, count, forced=None, **options):
     return torch.stack(kept)
 
 
-@pytest.mark.parametrize("weights", q.PRECISIONS)
+@pytest.mark.parametrize("weights", PRECISIONS)
 def test_compiled_logits_are_quantos(tiny, weights):
     """On CUDA the step has kernels of its own and is replayed from CUDA graphs, one for each window."""
     torch._dynamo.reset()
     s = settings(model_name=tiny, weights=None if weights == "none" else weights, compile=True)
-    model = q.load_model(s, tiny, q.make_meta_model(s, tiny), GPU)
+    model = load_model(s, tiny, make_meta_model(s, tiny), GPU)
     prompt, count = torch.arange(40, 50, device="cuda:0")[None], 280 if weights == "int8" else 40
     eager = logits_of(model, prompt, count)
-    compiled = q.prepare_compiled_decode(model, 300)
-    graphs = q.graphs_compiled()
+    compiled = prepare_compiled_decode(model, 300)
+    graphs = graphs_compiled()
     found = logits_of(model, prompt, count, eager.argmax(-1).tolist(), **compiled.options)
     top = eager.topk(2).values
     clear = top[:, 0] - top[:, 1] > 0.03 * top[:, 0].abs()  # several times the rounding of bfloat16
     error = ((found - eager).norm() / eager.norm()).item()
     print(f"| compiled {weights}: 1 + relative error of the logits | {1 + error:.4f} | 1 | |", flush=True)
-    assert compiled.way == q.OWN_STEP and compiled.graphs == 4 and q.graphs_compiled() == graphs
+    assert compiled.way == OWN_STEP and compiled.graphs == 4 and graphs_compiled() == graphs
     assert clear.any() and (found.argmax(-1) == eager.argmax(-1))[clear].all() and error < 0.02
     # the next step is under way when an end token is found: it leaves no trace
     whole = {"max_new_tokens": 30, "pad_token_id": 0, "do_sample": False} | compiled.options

@@ -13,12 +13,31 @@ from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearF
 from results import settings
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, QuantoConfig
 
-import qwquanto as q
+from _qwquanto import channel
+from _qwquanto.channel import Failure, describe_error
+from _qwquanto.results import Result
+from _qwquanto.settings import BITS
+from _qwquanto.verdicts import grave_warnings
+from _qwquanto.worker import loading
+from _qwquanto.worker.checkpoint import check_checkpoint, download_model, load_tokenizer
+from _qwquanto.worker.generation import Bench, run_once
+from _qwquanto.worker.loading import (
+    decode_weight_bytes,
+    expected_bytes,
+    has_experts,
+    load_model,
+    make_meta_model,
+    place_model,
+    weight_stats,
+)
+from _qwquanto.worker.measure import tokenize
+from _qwquanto.worker.quality import measure_quality
+from _qwquanto.worker.quanto import linear_layers, mend_quanto
 
 
 def load(folder, weights):
     s = settings(model_name=str(folder), weights=None if weights == "none" else weights)
-    return q.load_model(s, str(folder), q.make_meta_model(s, str(folder)), ["cpu"])
+    return load_model(s, str(folder), make_meta_model(s, str(folder)), ["cpu"])
 
 
 def by_hand(config, bits, tied):
@@ -47,15 +66,15 @@ def by_hand(config, bits, tied):
 def test_stored_bytes_of_every_precision(tmp_path, tied):
     folder = make_model(tmp_path, steps=0, tie=tied)
     config = AutoConfig.from_pretrained(folder)
-    for weights, bits in q.BITS.items():
+    for weights, bits in BITS.items():
         model = load(folder, weights)
-        stats = q.weight_stats(model, ["cpu"])
+        stats = weight_stats(model, ["cpu"])
         buffers = sum(b.nbytes for n, b in model.named_buffers() if "inv_freq" in n)
         assert stats["weight_bytes"] - buffers == by_hand(config, bits, tied), weights
         assert stats["unquantized_bytes"] - buffers == by_hand(config, 16, tied)
         assert (stats["quantized_layers"], stats["linear_layers"]) == (0 if weights == "none" else 14, 15)
-        meta_model = q.make_meta_model(settings(model_name=folder), folder)
-        assert q.expected_bytes(meta_model, weights) == pytest.approx(stats["weight_bytes"], rel=0.01)
+        meta_model = make_meta_model(settings(model_name=folder), folder)
+        assert expected_bytes(meta_model, weights) == pytest.approx(stats["weight_bytes"], rel=0.01)
 
 
 def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):
@@ -63,7 +82,7 @@ def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):
     for tied in (True, False):
         (tmp_path / str(tied)).mkdir()
         model = load(make_model(tmp_path / str(tied), steps=0, tie=tied), "int8")
-        read[tied] = q.decode_weight_bytes(model)
+        read[tied] = decode_weight_bytes(model)
     assert read[True] == read[False]
 
 
@@ -78,8 +97,8 @@ def zoo_model(name, **options):
 def test_a_mixture_of_experts_is_known_whatever_its_modules_are_called():
     """A step reads some of the experts: what it reads is unknown, and with it MBU."""
     for name in ("mixtral", "granitemoe", "jetmoe", "dbrx", "qwen2_moe"):
-        assert q.has_experts(zoo_model(name)), name
-    assert q.has_experts(zoo_model("doge", is_moe=True, num_experts=9))  # two embeddings of 9 experts
+        assert has_experts(zoo_model(name)), name
+    assert has_experts(zoo_model("doge", is_moe=True, num_experts=9))  # two embeddings of 9 experts
     granite = zoo_model("granitemoe")
     for layer in granite.model.layers:  # as remote code, or another release, may call them
         layer.mlp = layer.block_sparse_moe
@@ -87,13 +106,13 @@ def test_a_mixture_of_experts_is_known_whatever_its_modules_are_called():
         layer.mlp.bank = layer.mlp.experts
         del layer.mlp.experts
     assert not any("expert" in name or "moe" in name for name, _ in granite.named_modules())
-    assert q.has_experts(granite) and q.decode_weight_bytes(granite) is None
+    assert has_experts(granite) and decode_weight_bytes(granite) is None
 
 
 def test_a_dense_model_is_none_though_its_configuration_counts_experts():
     for name in ("qwen2", "falcon_mamba", "gemma4_text", "nemotron_h", "recurrent_gemma", "zamba"):
-        assert not q.has_experts(zoo_model(name)), name
-    assert not q.has_experts(zoo_model("doge", is_moe=False, num_experts=9))
+        assert not has_experts(zoo_model(name)), name
+    assert not has_experts(zoo_model("doge", is_moe=False, num_experts=9))
 
 
 def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
@@ -101,7 +120,7 @@ def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
         raise AssertionError("a compiler was started")
 
     monkeypatch.setattr(extension, "load", build)
-    q.mend_quanto()
+    mend_quanto()
     packed = torch.randint(0, 256, (16, 8), dtype=torch.uint8)
     for bits in (2, 4):
         parts = [(packed // 2**shift) % 2**bits for shift in range(0, 8, bits)]
@@ -132,10 +151,10 @@ def test_upstream_int2_still_builds_an_extension(monkeypatch):
 
 def test_random_weights_have_the_modules_and_bytes_of_a_real_load(tmp_path):
     folder = make_model(tmp_path, steps=0)
-    for weights in q.BITS:
+    for weights in BITS:
         s = settings(model_name=folder, random_weights=True, weights=None if weights == "none" else weights)
-        random, real = q.load_model(s, folder, q.make_meta_model(s, folder), ["cpu"]), load(folder, weights)
-        assert q.weight_stats(random, ["cpu"]) == q.weight_stats(real, ["cpu"])
+        random, real = load_model(s, folder, make_meta_model(s, folder), ["cpu"]), load(folder, weights)
+        assert weight_stats(random, ["cpu"]) == weight_stats(real, ["cpu"])
         assert [(n, type(m)) for n, m in random.named_modules()] == [
             (n, type(m)) for n, m in real.named_modules()
         ]
@@ -145,35 +164,35 @@ def test_random_weights_have_the_modules_and_bytes_of_a_real_load(tmp_path):
 
 
 def test_the_default_model_needs_no_file_and_has_its_published_size():
-    assert q.download_model("Qwen/Qwen2.5-3B", True, False) is None
-    meta_model = q.make_meta_model(settings(random_weights=True), None)
+    assert download_model("Qwen/Qwen2.5-3B", True, False) is None
+    meta_model = make_meta_model(settings(random_weights=True), None)
     assert sum(p.numel() for p in meta_model.parameters()) == 3_085_938_688
-    assert q.expected_bytes(meta_model, "none") / 1e9 == pytest.approx(6.172, abs=0.001)
-    assert q.expected_bytes(meta_model, "int8") / 1e9 == pytest.approx(3.399, abs=0.001)
-    assert len(q.linear_layers(meta_model)) == 252
+    assert expected_bytes(meta_model, "none") / 1e9 == pytest.approx(6.172, abs=0.001)
+    assert expected_bytes(meta_model, "int8") / 1e9 == pytest.approx(3.399, abs=0.001)
+    assert len(linear_layers(meta_model)) == 252
 
 
 def test_gpt2_has_nothing_to_quantize_and_the_report_says_so(tmp_path):
     size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 50}
     GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
-    stats = q.weight_stats(load(tmp_path, "int8"), ["cpu"])
+    stats = weight_stats(load(tmp_path, "int8"), ["cpu"])
     assert stats["quantized_layers"] == 0 and stats["weight_bytes"] == stats["unquantized_bytes"]
-    assert "NOTHING WAS QUANTIZED" in " ".join(q.grave_warnings(q.Result(settings(), **stats)))
+    assert "NOTHING WAS QUANTIZED" in " ".join(grave_warnings(Result(settings(), **stats)))
 
 
 def test_sharded_and_damaged_checkpoints(tmp_path):
     folder = make_model(tmp_path, steps=0, max_shard_size="300KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
-    q.check_checkpoint(settings(), folder, "cpu")
-    assert q.weight_stats(load(folder, "int8"), ["cpu"])["quantized_layers"] == 14
+    check_checkpoint(settings(), folder, "cpu")
+    assert weight_stats(load(folder, "int8"), ["cpu"])["quantized_layers"] == 14
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[:-100])
-    with pytest.raises(q.Failure, match=f"{shards[1].name} is damaged"):
-        q.check_checkpoint(settings(), folder, "cpu")
+    with pytest.raises(Failure, match=f"{shards[1].name} is damaged"):
+        check_checkpoint(settings(), folder, "cpu")
     shards[1].unlink()
-    with pytest.raises(q.Failure, match="or a shard of it: download it again"):
-        q.check_checkpoint(settings(), folder, "cpu")
+    with pytest.raises(Failure, match="or a shard of it: download it again"):
+        check_checkpoint(settings(), folder, "cpu")
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
@@ -184,7 +203,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     state.pop("model.layers.1.mlp.down_proj.weight")
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     for weights in ("none", "int8"):
-        with pytest.raises(q.Failure, match="down_proj"):
+        with pytest.raises(Failure, match="down_proj"):
             load(folder, weights)
 
 
@@ -194,12 +213,12 @@ def test_quality_against_an_independent_float64_computation(tiny, tmp_path):
     models, results, prompt = {}, {}, torch.tensor([[40, 41, 42, 43, 44]])
     for weights in (None, "int4"):
         mine = replace(s, weights=weights)
-        models[weights] = q.load_model(mine, tiny, q.make_meta_model(mine, tiny), ["cpu"])
+        models[weights] = load_model(mine, tiny, make_meta_model(mine, tiny), ["cpu"])
         bench, results[weights] = (
-            q.Bench(mine, model=models[weights], prompt=prompt, positions_left=100),
-            q.Result(mine),
+            Bench(mine, model=models[weights], prompt=prompt, positions_left=100),
+            Result(mine),
         )
-        results[weights].quality = q.measure_quality(bench, results[weights], tmp_path)
+        results[weights].quality = measure_quality(bench, results[weights], tmp_path)
     answer = models[None].generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         at = slice(prompt.shape[1] - 1, answer.shape[1] - 1)
@@ -217,21 +236,21 @@ def test_quality_against_an_independent_float64_computation(tiny, tmp_path):
 def test_a_seed_gives_its_answer_again(tiny):
     s = settings(model_name=tiny, question=QUESTION, temperature=5.0)
     model = load(tiny, "int8")
-    tokenizer = q.load_tokenizer(tiny, tiny, False)
-    prompt = q.tokenize(s, tokenizer, model.config)
-    bench = q.Bench(s, model=model, tokenizer=tokenizer, prompt=prompt, new_tokens=20)
-    answers = [q.run_once(bench, seed, "run").text for seed in (3, 4, 3)]
+    tokenizer = load_tokenizer(tiny, tiny, False)
+    prompt = tokenize(s, tokenizer, model.config)
+    bench = Bench(s, model=model, tokenizer=tokenizer, prompt=prompt, new_tokens=20)
+    answers = [run_once(bench, seed, "run").text for seed in (3, 4, 3)]
     assert answers[0] == answers[2] != answers[1]
 
 
 def test_a_question_without_room_is_refused(tiny):
-    model, tokenizer = load(tiny, "int8"), q.load_tokenizer(tiny, tiny, False)
-    count = q.tokenize(settings(), tokenizer, model.config).shape[1]
-    assert q.tokenize(settings(max_length=count + 1), tokenizer, model.config).shape[1] == count
-    with pytest.raises(q.Failure, match=f"has {count} tokens; MAX_LENGTH allows 1 to {count - 1}"):
-        q.tokenize(settings(max_length=count), tokenizer, model.config)
-    with pytest.raises(q.Failure, match="the model allows 1 to 4095"):
-        q.tokenize(settings(question="+" * 9000, compare=("int8",)), tokenizer, model.config)
+    model, tokenizer = load(tiny, "int8"), load_tokenizer(tiny, tiny, False)
+    count = tokenize(settings(), tokenizer, model.config).shape[1]
+    assert tokenize(settings(max_length=count + 1), tokenizer, model.config).shape[1] == count
+    with pytest.raises(Failure, match=f"has {count} tokens; MAX_LENGTH allows 1 to {count - 1}"):
+        tokenize(settings(max_length=count), tokenizer, model.config)
+    with pytest.raises(Failure, match="the model allows 1 to 4095"):
+        tokenize(settings(question="+" * 9000, compare=("int8",)), tokenizer, model.config)
 
 
 def test_a_configuration_without_dtype_takes_the_checkpoints(tmp_path):
@@ -239,26 +258,25 @@ def test_a_configuration_without_dtype_takes_the_checkpoints(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert q.make_meta_model(settings(model_name=folder), folder).dtype == torch.bfloat16
+    assert make_meta_model(settings(model_name=folder), folder).dtype == torch.bfloat16
 
 
 def raised(error, step="running the model", advice=""):
     """What the user is told of an error raised in a step, and whether it is a lack of the machine."""
-    with pytest.raises(type(error)) as found, q.step(step):
+    with pytest.raises(type(error)) as found, channel.step(step):
         raise error
-    return q.describe_error(found.value, advice)
+    return describe_error(found.value, advice)
 
 
 def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     folder = make_model(tmp_path, steps=0)
-    meta_model = q.make_meta_model(settings(model_name=folder), folder)
-    sizes = {weights: q.expected_bytes(meta_model, weights) for weights in q.BITS}
+    meta_model = make_meta_model(settings(model_name=folder), folder)
+    sizes = {weights: expected_bytes(meta_model, weights) for weights in BITS}
 
     def advice(free, weights, stored=None):
-        bench = q.Bench(settings(model_name=folder, weights=weights))
-        monkeypatch.setattr(q, "memory_of", lambda device: (free, 2**40))
-        q.place_model(bench, meta_model, stored)
-        return bench.advice
+        s = settings(model_name=folder, weights=weights)
+        monkeypatch.setattr(loading, "memory_of", lambda device: (free, 2**40))
+        return place_model(s, ["cpu"], meta_model, stored)[1]
 
     # what has just failed is no advice
     would_fit = advice(int(sizes["int4"] * 1.2), "float8")

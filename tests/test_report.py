@@ -32,12 +32,19 @@ from results import (
 )
 from rich.cells import cell_len
 
-import qwquanto as q
+from _qwquanto import console
+from _qwquanto.console import render, save_report
+from _qwquanto.report import report
+from _qwquanto.results import Benchmark, Result, from_json, to_json
+from _qwquanto.saved import files_report
+from _qwquanto.settings import PRECISIONS
+from _qwquanto.supervisor import follow
+from _qwquanto.text import format_3g, plus_minus, rate_text
 
 REPORTS = {
-    kind.replace(" ", "_"): q.report(BENCHMARKS[kind]) for kind in ("single", "compiled", "gpu comparison")
+    kind.replace(" ", "_"): report(BENCHMARKS[kind]) for kind in ("single", "compiled", "gpu comparison")
 }
-REPORTS["files"] = q.files_report(*files())
+REPORTS["files"] = files_report(*files())
 
 
 def file_of(kind):
@@ -51,9 +58,9 @@ def test_report_as_text(kind):
 
 @pytest.mark.parametrize("kind", [*BENCHMARKS, "files"])
 def test_80_columns_hold_all_that_a_pipe_gets(kind):
-    parts = REPORTS["files"] if kind == "files" else q.report(BENCHMARKS[kind])
+    parts = REPORTS["files"] if kind == "files" else report(BENCHMARKS[kind])
     shown, out = text(parts, 80), io.StringIO()
-    q.render(parts, out)
+    render(parts, out)
     assert max(map(cell_len, shown.splitlines())) <= 80
     printed = Counter(shown), Counter(out.getvalue())
     assert {c: n for c, n in printed[0].items() if c not in " |-\n"} == {
@@ -63,7 +70,7 @@ def test_80_columns_hold_all_that_a_pipe_gets(kind):
 
 def test_a_pipe_gets_long_lines_uncut():
     failed = replace(comparison()[2], failure="why " * 999 + "[not] markup :key:")
-    assert "why " * 999 + "[not] markup :key:\n" in piped(q.Benchmark([comparison()[0], failed]))
+    assert "why " * 999 + "[not] markup :key:\n" in piped(Benchmark([comparison()[0], failed]))
 
 
 def figures(plain, path=()):
@@ -80,7 +87,7 @@ def said(plain):
     lines.put(json.dumps({"result": plain}))
     lines.put(None)
     view = SimpleNamespace(status=lambda *_: None)
-    return q.follow(lines, q.Result(settings()), view, lambda result: None)[0]
+    return follow(lines, Result(settings()), view, lambda result: None)[0]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -92,10 +99,10 @@ def test_a_figure_that_is_no_number_costs_neither_the_report_nor_the_file(number
             for key in path[:-1]:
                 place = place[key]
             place[path[-1]] = number
-            benchmark = q.Benchmark([compiled_comparison()[0], said(plain)])
-            file, shown = q.to_json(benchmark), piped(benchmark)  # to_json raises ValueError for a NaN
+            benchmark = Benchmark([compiled_comparison()[0], said(plain)])
+            file, shown = to_json(benchmark), piped(benchmark)  # to_json raises ValueError for a NaN
             assert not re.search(r"\b(nan|inf)\b", shown) and "A figure was no number" in shown, path
-            assert piped(q.from_json(file)) == shown, path
+            assert piped(from_json(file)) == shown, path
     assert said(dataclasses.asdict(r)) == r
 
 
@@ -107,14 +114,14 @@ def test_a_quality_without_its_kl_is_unknown_and_a_run_without_a_time_is_none():
 
 
 def test_a_result_of_nothing_but_a_failure_has_a_report():
-    lost = q.Result(settings(), failure="no such model")
-    assert piped(q.Benchmark([lost])).split("\n\n")[:2] == [
+    lost = Result(settings(), failure="no such model")
+    assert piped(Benchmark([lost])).split("\n\n")[:2] == [
         "# Qwen/Qwen2.5-3B: int8",
         "FAILED: no such model",
     ]
-    assert "### Speed" not in piped(q.Benchmark([lost]))
+    assert "### Speed" not in piped(Benchmark([lost]))
     compared = [replace(lost, settings=settings(weights=None, compare=("none", "int8"))), comparison()[1]]
-    assert "| unquantized ✗ |" in piped(q.Benchmark(compared))
+    assert "| unquantized ✗ |" in piped(Benchmark(compared))
 
 
 def test_the_reference_is_named_where_it_is_not_the_unquantized_model():
@@ -122,16 +129,14 @@ def test_the_reference_is_named_where_it_is_not_the_unquantized_model():
         result("int8", is_reference=True, compare=("int8", "int4")),
         result("int4", kl=0.2, compare=("int8", "int4")),
     ]
-    assert "### Answers against int8's, 200 tokens, the most precise one that ran\n" in piped(
-        q.Benchmark(made)
-    )
+    assert "### Answers against int8's, 200 tokens, the most precise one that ran\n" in piped(Benchmark(made))
     assert "most precise" not in piped(BENCHMARKS["comparison"])
 
 
 def test_an_answer_is_shown_in_one_line_as_it_is_and_cut():
     assert "| The [bold] answer is :key: 42. |\n" in piped(BENCHMARKS["single"])
     cut = result(runs=[run(text="如何\n计" * 99 + "xx" + "\ufffd" * 9)])
-    assert piped(q.Benchmark([cut])).rstrip().endswith("计xx |")
+    assert piped(Benchmark([cut])).rstrip().endswith("计xx |")
 
 
 def test_figures_of_runs_are_of_those_made():
@@ -146,16 +151,14 @@ def test_figures_of_runs_are_of_those_made():
 
 def test_a_note_names_its_precision_unless_it_is_everyones():
     notes = {"none": ["no NVML"], "int8": ["no NVML", "other programs use 35 % of the processor"]}
-    shown = piped(
-        q.Benchmark([result(name, notes=told, compare=q.PRECISIONS) for name, told in notes.items()])
-    )
+    shown = piped(Benchmark([result(name, notes=told, compare=PRECISIONS) for name, told in notes.items()]))
     assert shown.count("no NVML") == 1 and "! no NVML" in shown and "! int8: other programs" in shown
 
 
 def test_random_weights_have_no_quality_and_say_so():
     s = settings(random_weights=True, compare=("none", "int8"))
     made = [result("none", settings=replace(s, weights=None), is_reference=False), result("int8", settings=s)]
-    shown = piped(q.Benchmark(made))
+    shown = piped(Benchmark(made))
     assert "! Random weights" in shown and "Quality was not measured" in shown and "reference" not in shown
 
 
@@ -164,9 +167,9 @@ def test_pages_and_pictures_whatever_the_locale(tmp_path, monkeypatch):
     ascii_open = lambda path, mode="r", *rest, encoding="ascii", **more: plain(
         path, mode, *rest, encoding=encoding, **more
     )
-    monkeypatch.setattr(q, "open", ascii_open, raising=False)
+    monkeypatch.setattr(console, "open", ascii_open, raising=False)
     for name, sign in (("x.svg", "<svg"), ("x.html", "<!DOCTYPE html>")):
-        q.save_report(q.report(BENCHMARKS["single"]), str(tmp_path / name), "title")
+        save_report(report(BENCHMARKS["single"]), str(tmp_path / name), "title")
         assert sign in (tmp_path / name).read_text(encoding="utf-8")
 
 
@@ -183,17 +186,15 @@ def test_pages_and_pictures_whatever_the_locale(tmp_path, monkeypatch):
     ],
 )
 def test_three_significant_digits(value, shown):
-    assert q.format_3g(value) == shown
+    assert format_3g(value) == shown
 
 
 def test_spread_is_as_fine_as_its_figure():
-    assert q.plus_minus(24.123, 0.3123) == "24.1 ±0.3" and q.plus_minus(0.0312, 0.00046, 0.001) == "31.2 ±0.5"
+    assert plus_minus(24.123, 0.3123) == "24.1 ±0.3" and plus_minus(0.0312, 0.00046, 0.001) == "31.2 ±0.5"
     assert (
-        q.plus_minus(377, 3.4) == "377 ±3"
-        and q.plus_minus(24.1, None) == "24.1"
-        and q.plus_minus(None, 1) == "–"
+        plus_minus(377, 3.4) == "377 ±3" and plus_minus(24.1, None) == "24.1" and plus_minus(None, 1) == "–"
     )
-    assert q.rate_text(runs(9, 10, 11)) == "10.0 ±1.0" and q.rate_text([run(10)]) == "10.0"
+    assert rate_text(runs(9, 10, 11)) == "10.0 ±1.0" and rate_text([run(10)]) == "10.0"
 
 
 # ---------------------------------------------------------------------------------------------- several files
@@ -201,9 +202,9 @@ def test_spread_is_as_fine_as_its_figure():
 
 def table_of(*results):
     """First column -> the others of both tables, of one file a result; the files are a, b, c and so on."""
-    benchmarks = [q.Benchmark([r]) for r in results]
+    benchmarks = [Benchmark([r]) for r in results]
     out = io.StringIO()
-    q.render(q.files_report([f"{name}.json" for name in "abcd"[: len(results)]], benchmarks), out)
+    render(files_report([f"{name}.json" for name in "abcd"[: len(results)]], benchmarks), out)
     rows = {}
     for line in out.getvalue().splitlines():
         if line.startswith("| "):
@@ -238,8 +239,8 @@ def test_the_bandwidths_of_two_machines_are_their_difference_not_noise():
 
 
 def test_files_of_one_name_are_told_apart():
-    made = [q.Benchmark([result(quality=quality(0.01), stored=GIB)])] * 2
-    shown = text(q.files_report(["a/x.json", "b/x.json"], made), 200)
+    made = [Benchmark([result(quality=quality(0.01), stored=GIB)])] * 2
+    shown = text(files_report(["a/x.json", "b/x.json"], made), 200)
     assert "| a/x.json int8" in shown and "| b/x.json int8" in shown
 
 

@@ -1,24 +1,27 @@
-"""Constants, their flags, what is refused, saved results; that part 1 stands without part 2 and torch."""
+"""Constants, their flags, what is refused, saved results; and that the program stands without torch."""
 
 import ast
-import builtins
 import dataclasses
 import json
 import re
 import subprocess
-import symtable
 import sys
 from dataclasses import replace
 
 import pytest
 from conftest import ROOT, SCRIPT
-from results import BENCHMARKS, piped, settings
+from results import BENCHMARKS, parse, piped, settings
 
-import qwquanto as q
+import qwquanto
+from _qwquanto import __version__
+from _qwquanto.channel import Failure
+from _qwquanto.report import print_report
+from _qwquanto.results import SCHEMA, Benchmark, from_json, to_json, write_results
+from _qwquanto.saved import show
+from _qwquanto.settings import PRECISIONS, Settings, check, is_writable, unused
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
-PART_1 = SOURCE.split("# PART 2:")[0]
-CONSTANTS = re.findall(r"^([A-Z_]+): [^=]+ = (.*?)  # (.+)$", PART_1, re.MULTILINE)
+CONSTANTS = re.findall(r"^([A-Z_]+): [^=]+ = (.*?)  # (.+)$", SOURCE, re.MULTILINE)
 
 
 def start(*argv, path=SCRIPT):
@@ -38,14 +41,16 @@ def edited(tmp_path):
             assert count == 1
         copy = tmp_path / "qwquanto.py"
         copy.write_text(text, encoding="utf-8")
+        if not (tmp_path / "_qwquanto").exists():
+            (tmp_path / "_qwquanto").symlink_to(ROOT / "_qwquanto")
         return start(*argv, path=copy)
 
     return start_copy
 
 
 def test_every_constant_is_a_setting_a_flag_and_documented():
-    assert [name.lower() for name, _, _ in CONSTANTS] == [f.name for f in dataclasses.fields(q.Settings)]
-    assert all(callable(f.metadata["holds"]) for f in dataclasses.fields(q.Settings))
+    assert [name.lower() for name, _, _ in CONSTANTS] == [f.name for f in dataclasses.fields(Settings)]
+    assert all(callable(f.metadata["holds"]) for f in dataclasses.fields(Settings))
     told = start("--help").stdout
     for name, _, comment in CONSTANTS:
         assert f"--{name.lower().replace('_', '-')}" in told
@@ -54,7 +59,7 @@ def test_every_constant_is_a_setting_a_flag_and_documented():
 
 def test_flags_override_constants():
     flags = "--weights none --runs 3 --max-seconds 1.5 --chat --no-do-sample --results - --debug"
-    s, args = q.parse(flags.split())
+    s, args = parse(flags.split())
     assert (s.weights, s.runs, s.max_seconds, s.chat, s.do_sample, s.results) == (
         None,
         3,
@@ -65,9 +70,9 @@ def test_flags_override_constants():
     )
     assert args.debug and not args.show
     values = {name.lower(): eval(value) for name, value, _ in CONSTANTS}
-    assert q.parse([])[0] == q.Settings(**values | {"compare": []})
-    assert q.parse(["--compare"])[0].compare == [*q.PRECISIONS]
-    assert q.parse(["--compare", "int8", "none"])[0].compare == ["int8", "none"]
+    assert parse([])[0] == Settings(**values | {"compare": []})
+    assert parse(["--compare"])[0].compare == [*PRECISIONS]
+    assert parse(["--compare", "int8", "none"])[0].compare == ["int8", "none"]
 
 
 def test_every_problem_is_told_at_once(tmp_path):
@@ -75,14 +80,14 @@ def test_every_problem_is_told_at_once(tmp_path):
     wrong |= {"warmup_runs": -1, "max_length": 1, "max_seconds": 0, "compare_tokens": 1, "quality_tokens": -1}
     wrong |= {"temperature": 0, "model_name": "./nothing", "question": " ", "chat": 1, "seed": -1}
     wrong |= {"results": str(tmp_path / "no" / "x"), "report": str(tmp_path / "report.pdf")}
-    told = q.check(replace(settings(), **wrong))
+    told = check(replace(settings(), **wrong))
     assert sorted(text.split()[0] for text in told) == sorted(name.upper() for name in wrong)
-    assert q.check(settings()) == []
+    assert check(settings()) == []
 
 
 def test_a_results_file_must_be_a_file(tmp_path):
-    assert q.is_writable(str(tmp_path / "x.json")) and list(tmp_path.iterdir()) == []
-    assert not q.is_writable(str(tmp_path)) and not q.is_writable("/dev/null")
+    assert is_writable(str(tmp_path / "x.json")) and list(tmp_path.iterdir()) == []
+    assert not is_writable(str(tmp_path)) and not is_writable("/dev/null")
 
 
 @pytest.mark.parametrize(
@@ -117,25 +122,25 @@ def test_a_constant_without_its_annotation_is_served(edited):
 
 @pytest.mark.parametrize("constant", [["none", "int8"], {"none", "int8"}, [None, "int8"]])
 def test_a_comparison_may_be_any_collection(monkeypatch, constant):
-    monkeypatch.setattr(q, "COMPARE", constant)
-    s = q.parse([])[0]
-    assert q.check(s) == [] and {p or "none" for p in s.compare} == {"none", "int8"}
+    monkeypatch.setattr(qwquanto, "COMPARE", constant)
+    s = parse([])[0]
+    assert check(s) == [] and {p or "none" for p in s.compare} == {"none", "int8"}
     json.dumps(dataclasses.asdict(s))  # as the worker is sent it
 
 
 def test_an_empty_comparison_constant_compares_nothing(monkeypatch):
-    monkeypatch.setattr(q, "COMPARE", [])
-    assert q.parse([])[0].compare == []
-    assert q.parse(["--compare"])[0].compare == [*q.PRECISIONS]
+    monkeypatch.setattr(qwquanto, "COMPARE", [])
+    assert parse([])[0].compare == []
+    assert parse(["--compare"])[0].compare == [*PRECISIONS]
 
 
 def test_a_precision_as_a_flag_is_a_single_run_whatever_the_file_compares(monkeypatch):
-    monkeypatch.setattr(q, "COMPARE", ("none", "int8"))
+    monkeypatch.setattr(qwquanto, "COMPARE", ("none", "int8"))
     for flags in (["--weights", "int4"], ["--weights=int4"]):
-        s = q.parse(flags)[0]
+        s = parse(flags)[0]
         assert (s.weights, s.compare) == ("int4", [])
-    assert q.parse(["--runs", "2"])[0].compare == ["none", "int8"]
-    assert q.parse(["--weights", "int4", "--compare", "none", "int4"])[0].compare == ["none", "int4"]
+    assert parse(["--runs", "2"])[0].compare == ["none", "int8"]
+    assert parse(["--weights", "int4", "--compare", "none", "int4"])[0].compare == ["none", "int4"]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +161,8 @@ def test_a_flag_that_would_do_nothing_is_told(flags, told):
 
 def test_flags_that_do_something_are_not_told():
     for flags in ("--compare --compare-tokens 64 --quality-tokens 0", "--weights int4 --max-length 64", ""):
-        s, args = q.parse(flags.split())
-        assert q.unused(s, args.given) == []
+        s, args = parse(flags.split())
+        assert unused(s, args.given) == []
 
 
 @pytest.mark.parametrize(
@@ -172,7 +177,7 @@ def test_flags_that_do_something_are_not_told():
 )
 def test_a_misspelt_flag_is_answered_with_the_nearest(capsys, flag, answer):
     with pytest.raises(SystemExit, match="2"):
-        q.parse([flag, "100"])
+        parse([flag, "100"])
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {answer}")
 
 
@@ -182,16 +187,16 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys, flag, answer):
 @pytest.mark.parametrize("kind", BENCHMARKS)
 def test_saved_results_are_the_results(kind):
     benchmark = BENCHMARKS[kind]
-    again = q.from_json(q.to_json(benchmark))
+    again = from_json(to_json(benchmark))
     assert again == benchmark
     assert piped(again) == piped(benchmark)
 
 
 def test_saved_results_are_written_whole_and_readable(tmp_path):
     file = tmp_path / "x.json"
-    q.write_results(str(file), BENCHMARKS["single"])
+    write_results(str(file), BENCHMARKS["single"])
     plain = json.loads(file.read_text(encoding="utf-8"))
-    assert [plain["schema"], plain["version"], plain["interrupted"]] == [q.SCHEMA, q.__version__, False]
+    assert [plain["schema"], plain["version"], plain["interrupted"]] == [SCHEMA, __version__, False]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", plain["date"])
     assert plain["results"][0]["settings"]["runs"] == 5 and len(plain["results"][0]["runs"]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
@@ -205,44 +210,44 @@ def test_saved_results_are_written_whole_and_readable(tmp_path):
     ],
 )
 def test_a_file_of_something_else_is_no_results(text):
-    with pytest.raises(q.Failure, match="holds no results"):
-        q.from_json(text)
+    with pytest.raises(Failure, match="holds no results"):
+        from_json(text)
 
 
 @pytest.mark.parametrize(
     ("schema", "reader"), [(1, "qwquanto 2.0.0"), (3, "the version that wrote it"), ("x", "the version")]
 )
 def test_another_schema_is_told_with_the_version_that_reads_it(schema, reader):
-    other = json.loads(q.to_json(BENCHMARKS["single"])) | {"schema": schema}
-    with pytest.raises(q.Failure, match=f"schema {schema}, which {reader}.* reads; this one reads 2"):
-        q.from_json(json.dumps(other))
+    other = json.loads(to_json(BENCHMARKS["single"])) | {"schema": schema}
+    with pytest.raises(Failure, match=f"schema {schema}, which {reader}.* reads; this one reads 2"):
+        from_json(json.dumps(other))
 
 
 def test_fields_of_a_later_version_are_left_out_and_those_with_a_default_may_lack():
     """So that a new field need not raise SCHEMA: in every part of a file."""
     kept = BENCHMARKS["compiled comparison"]
-    plain = json.loads(q.to_json(kept)) | {"new": {"a": 1}}
+    plain = json.loads(to_json(kept)) | {"new": {"a": 1}}
     for r in plain["results"]:
         for part in (r, r["settings"], *r["runs"], r["compiled"] or {}, r["quality"] or {}):
             part["of_2030"] = [1, 2]
         assert r.pop("notes") == [] and r.pop("skipped_layers") == 0
-    assert q.from_json(json.dumps(plain)) == kept
+    assert from_json(json.dumps(plain)) == kept
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
 def test_show_prints_the_report_byte_for_byte(tmp_path, capsys, kind):
-    q.write_results(str(tmp_path / "x.json"), BENCHMARKS[kind])
-    q.print_report(settings(), BENCHMARKS[kind])
+    write_results(str(tmp_path / "x.json"), BENCHMARKS[kind])
+    print_report(settings(), BENCHMARKS[kind])
     printed = capsys.readouterr().out
-    assert q.show([str(tmp_path / "x.json")]) == 0
+    assert show([str(tmp_path / "x.json")]) == 0
     assert capsys.readouterr().out == printed != ""
 
 
 def test_show_as_a_process(tmp_path):
     first, second, none = (tmp_path / name for name in ("before.json", "after.json", "none.json"))
-    q.write_results(str(first), BENCHMARKS["comparison"])
-    q.write_results(str(second), BENCHMARKS["single"])
-    none.write_text(q.to_json(q.Benchmark([])), encoding="utf-8")
+    write_results(str(first), BENCHMARKS["comparison"])
+    write_results(str(second), BENCHMARKS["single"])
+    none.write_text(to_json(Benchmark([])), encoding="utf-8")
     one, both = start("--show", first), start("--show", first, second)
     assert (one.returncode, one.stdout, one.stderr) == (0, piped(BENCHMARKS["comparison"]), "")
     assert both.returncode == 0 and "| before int8" in both.stdout and "| after int8" in both.stdout
@@ -257,32 +262,6 @@ def test_show_as_a_process(tmp_path):
     for file, reason in (wrong | {tmp_path / "gone.json": "No such file or directory"}).items():
         done = start("--show", first, file)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"qwquanto: {file}: {reason}\n")
-
-
-# ----------------------------------------------------------------------------------------------------- part 1
-
-
-def test_part_1_uses_only_its_own_names():
-    def tables(table):
-        return [table, *(inner for child in table.get_children() for inner in tables(child))]
-
-    top, *inner = tables(symtable.symtable(PART_1, "part 1", "exec"))
-    own = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()} | set(dir(builtins))
-    used = {s.get_name() for s in top.get_symbols() if s.is_referenced()}
-    used |= {
-        s.get_name() for table in inner for s in table.get_symbols() if s.is_global() and s.is_referenced()
-    }
-    assert used - own - {"__file__", "__doc__", "__name__"} == set()
-    other = symtable.symtable(SOURCE.removeprefix(PART_1), "part 2", "exec").get_symbols()
-    again = {s.get_name() for s in other if s.is_namespace() or (s.is_assigned() and s.get_name().isupper())}
-    assert again & own == set()  # a second definition would hide the first from whoever imports the file
-
-
-def test_part_1_imports_the_standard_library_and_rich():
-    nodes = list(ast.walk(ast.parse(PART_1)))
-    found = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
-    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in found} - sys.stdlib_module_names == {"rich"}
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--runs", "0"], ["--nonsense"], ["--show", __file__]])

@@ -9,25 +9,55 @@ from dataclasses import replace
 import pytest
 from results import GIB, comparison, compiled, compiled_comparison, quality, result, run, runs, settings
 
-import qwquanto as q
+from _qwquanto import stats
+from _qwquanto.report import alerts, cudnn_lines, expected_table, host_bound, row_label
+from _qwquanto.results import Benchmark, to_json
+from _qwquanto.stats import (
+    coefficient_of_variation,
+    deviation,
+    gpu_share,
+    is_warming_up,
+    joules_per_token,
+    judge,
+    median,
+    pace,
+    peak_bytes,
+    percentile,
+    rates_over_shared_prefix,
+    ratio_interval,
+    slows_with_context,
+    speed_interval,
+    student_t,
+    utilization,
+    wilson,
+)
+from _qwquanto.supervisor import describe_exit
+from _qwquanto.verdicts import (
+    comparability_warnings,
+    expectations,
+    grave_warnings,
+    instability,
+    recommendation,
+    warnings_for,
+)
 
 
 def test_percentiles_interpolate_and_survive_few_values():
-    assert q.percentile([4.0, 1.0, 3.0, 2.0, 5.0], 50) == 3
-    assert q.percentile([1.0, 2.0, 3.0, 4.0, 5.0], 90) == pytest.approx(4.6)
-    assert q.percentile([7.0], 99) == 7 and q.percentile([], 50) is None
-    assert q.percentile([2.0, 2.0, 2.0], 99) == 2
+    assert percentile([4.0, 1.0, 3.0, 2.0, 5.0], 50) == 3
+    assert percentile([1.0, 2.0, 3.0, 4.0, 5.0], 90) == pytest.approx(4.6)
+    assert percentile([7.0], 99) == 7 and percentile([], 50) is None
+    assert percentile([2.0, 2.0, 2.0], 99) == 2
 
 
 def test_median_and_deviation_of_what_is_known():
-    assert q.median([None, 3.0, 1.0]) == 2 and q.median([None]) is None
-    assert q.deviation([1.0, None, 3.0]) == pytest.approx(math.sqrt(2)) and q.deviation([1.0, None]) is None
+    assert median([None, 3.0, 1.0]) == 2 and median([None]) is None
+    assert deviation([1.0, None, 3.0]) == pytest.approx(math.sqrt(2)) and deviation([1.0, None]) is None
 
 
 def test_wilson_interval_against_the_textbook():
-    low, high = q.wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    low, high = wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert q.wilson(0, 20)[0] == pytest.approx(0) and q.wilson(20, 20)[1] == pytest.approx(1)
+    assert wilson(0, 20)[0] == pytest.approx(0) and wilson(20, 20)[1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +74,7 @@ def test_wilson_interval_against_the_textbook():
     ],
 )
 def test_students_t_against_a_table(freedom, quantile):
-    assert quantile * 0.9998 < q.student_t(freedom) < quantile * 1.001
+    assert quantile * 0.9998 < student_t(freedom) < quantile * 1.001
 
 
 def test_welch_against_a_published_example():
@@ -53,7 +83,7 @@ def test_welch_against_a_published_example():
     second = [21.5, 22.8, 21.0, 23.0, 21.6, 23.6, 22.5, 20.7, 23.4, 21.8]
     second += [20.7, 21.7, 21.5, 22.5, 23.6, 21.5, 22.5, 23.5, 21.5, 21.8]
     groups = [[run(math.exp(value)) for value in group] for group in (first, second)]
-    low, high = map(math.log, q.ratio_interval(*groups))
+    low, high = map(math.log, ratio_interval(*groups))
     center, half = (low + high) / 2, (high - low) / 2
     assert center == pytest.approx(statistics.fmean(first) - statistics.fmean(second))
     assert center / (half / 2.262) == pytest.approx(-1.57, abs=0.005)  # 2.262: Student's t of 9 whole degrees
@@ -61,57 +91,57 @@ def test_welch_against_a_published_example():
 
 def test_deviation_only_over_the_positions_that_all_runs_reached():
     long = run(inter_token_s=[0.1] * 39 + [9.0] * 5)
-    assert q.rates_over_shared_prefix([run(10), long], [run(20)]) == [
+    assert rates_over_shared_prefix([run(10), long], [run(20)]) == [
         pytest.approx([10, 10]),
         pytest.approx([20]),
     ]
-    assert q.coefficient_of_variation([run(10), long]) == pytest.approx(0)
+    assert coefficient_of_variation([run(10), long]) == pytest.approx(0)
 
 
 def test_a_spread_needs_two_runs_of_32_tokens():
     short = run(10, tokens=31)
     for few in ([], [run(10)], [run(10), short], [short, short]):
-        assert q.coefficient_of_variation(few) is None and q.ratio_interval(few, runs(10, 11)) is None
-        assert any(
-            "how steady they are is unknown" in text for text in q.instability("eager", few, False)
-        ) == (len(few) > 1)
-    assert q.coefficient_of_variation([run(10, tokens=32), run(10, tokens=32), short]) == pytest.approx(0)
+        assert coefficient_of_variation(few) is None and ratio_interval(few, runs(10, 11)) is None
+        assert any("how steady they are is unknown" in text for text in instability("eager", few, False)) == (
+            len(few) > 1
+        )
+    assert coefficient_of_variation([run(10, tokens=32), run(10, tokens=32), short]) == pytest.approx(0)
 
 
 def test_bandwidths_that_differ_widen_the_interval():
     base, r = result("none", (10, 10)), result("int8", (10, 10))
-    assert q.speed_interval(r, base) == pytest.approx((1, 1))
+    assert speed_interval(r, base) == pytest.approx((1, 1))
     r.memory_bytes_per_s = {"cpu": 2.5e10}  # the faster memory may have made a slower one as fast
-    assert q.speed_interval(r, base) == pytest.approx((0.8, 1))
-    assert q.speed_interval(base, r) == pytest.approx((1, 1.25))
+    assert speed_interval(r, base) == pytest.approx((0.8, 1))
+    assert speed_interval(base, r) == pytest.approx((1, 1.25))
     r.memory_bytes_per_s = {}
-    assert q.speed_interval(r, base) == pytest.approx((1, 1))
+    assert speed_interval(r, base) == pytest.approx((1, 1))
 
 
 def test_pace_and_energy():
     long = run(
         inter_token_s=[0.1] * 100 + [0.2] * 100, energy_j={"cuda:0": 30.0, "cuda:1": 10.0}, latency_s=0.6
     )
-    assert q.pace([long, run()]) == pytest.approx((10, 5)) and q.pace([run()]) is None
-    assert q.joules_per_token([long]) is None  # under a second the counter hardly moves
-    assert q.joules_per_token([long, long]) == pytest.approx(1)
-    assert q.joules_per_token([long, run()]) is None and q.joules_per_token([]) is None
+    assert pace([long, run()]) == pytest.approx((10, 5)) and pace([run()]) is None
+    assert joules_per_token([long]) is None  # under a second the counter hardly moves
+    assert joules_per_token([long, long]) == pytest.approx(1)
+    assert joules_per_token([long, run()]) is None and joules_per_token([]) is None
 
 
 def test_peak_is_of_tensors_or_of_the_process():
     peak = {"cuda:0 allocated": 5, "cuda:0 used": 50, "cuda:1 allocated": 6, "rss": 1}
-    assert q.peak_bytes(result(memory={"peak of runs": peak})) == (11, "tensors")
-    assert q.peak_bytes(result(memory={"peak of runs": {"rss": 1}})) == (1, "RSS")
-    assert q.peak_bytes(result(memory={})) == (None, "RSS")
+    assert peak_bytes(result(memory={"peak of runs": peak})) == (11, "tensors")
+    assert peak_bytes(result(memory={"peak of runs": {"rss": 1}})) == (1, "RSS")
+    assert peak_bytes(result(memory={})) == (None, "RSS")
 
 
 def test_utilization_of_devices_that_work_one_after_the_other():
     held, speeds = {"cuda:0": 30, "cuda:1": 10}, {"cuda:0": 1000.0, "cuda:1": 500.0}
     r = result(device_weight_bytes=held, memory_bytes_per_s=speeds, bytes_per_token=40)
-    assert q.utilization(r, runs(10, 10)) == pytest.approx(10 * (30 / 1000 + 10 / 500))
-    assert q.utilization(r, [run(tokens=1)]) is None
-    assert q.utilization(replace(r, bytes_per_token=None), runs(10, 10)) is None
-    assert q.utilization(replace(r, memory_bytes_per_s={"cuda:0": 1000.0}), runs(10)) is None
+    assert utilization(r, runs(10, 10)) == pytest.approx(10 * (30 / 1000 + 10 / 500))
+    assert utilization(r, [run(tokens=1)]) is None
+    assert utilization(replace(r, bytes_per_token=None), runs(10, 10)) is None
+    assert utilization(replace(r, memory_bytes_per_s={"cuda:0": 1000.0}), runs(10)) is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +152,7 @@ def test_utilization_of_devices_that_work_one_after_the_other():
     ],
 )
 def test_judged_by_the_interval_not_its_middle(interval, verdict):
-    assert q.judge(interval, 0.9) == verdict
+    assert judge(interval, 0.9) == verdict
 
 
 @pytest.mark.parametrize(
@@ -137,15 +167,15 @@ def test_judged_by_the_interval_not_its_middle(interval, verdict):
 )
 def test_answers_are_judged_by_the_interval_of_kl(kl, error, verdict, very_close):
     r = result("int8", quality=quality(kl, error))
-    assert q.verdict(r) == verdict
-    assert [e.verdict for e in q.expectations([r]) if e.expected == "answers very close"] == [very_close]
+    assert stats.verdict(r) == verdict
+    assert [e.verdict for e in expectations([r]) if e.expected == "answers very close"] == [very_close]
 
 
 # ----------------------------------------------------------------------------------------------- expectations
 
 
 def verdicts(*results):
-    return {(e.expected, e.of): e.verdict for e in q.expectations(list(results))}
+    return {(e.expected, e.of): e.verdict for e in expectations(list(results))}
 
 
 MEMORY, SPEED = ("50-60 % less memory than 16 bit", "int8"), ("at least 90 % of the 16-bit speed", "int8")
@@ -190,22 +220,22 @@ def test_float8_and_int4_are_judged_against_int8():
 def test_expectations_against_16_bit_are_not_judged_against_32():
     r = result("int8", unquantized_bytes=4 * GIB)
     assert verdicts(result("none"), r) == {}
-    assert any("32-bit" in line for line in q.warnings_for(r))
+    assert any("32-bit" in line for line in warnings_for(r))
 
 
 def test_reasons_for_what_was_not_met():
-    memory, speed, compiling = (e.reason for e in q.expectations(comparison()) if e.reason)
+    memory, speed, compiling = (e.reason for e in expectations(comparison()) if e.reason)
     assert "8 bits save at most 25.0 % here" in memory  # half of the bytes are in layers of 16 bits
     assert "Python" in speed and "#161743" in compiling
-    shown = " ".join(map(str, q.expected_table(comparison())))
+    shown = " ".join(map(str, expected_table(comparison())))
     assert all(reason in shown for reason in (memory, speed, compiling))
-    assert memory not in " ".join(map(str, q.expected_table([result()])))  # met: nothing to explain
+    assert memory not in " ".join(map(str, expected_table([result()])))  # met: nothing to explain
 
 
 def test_every_judgement_can_be_recomputed_from_the_file():
     """By a reader with the JSON alone, in formulas of his own."""
     made = compiled_comparison()
-    file = json.loads(q.to_json(q.Benchmark(made)))
+    file = json.loads(to_json(Benchmark(made)))
     by_name = {r["settings"]["weights"] or "none": r for r in file["results"]}
     int8, base, int4 = by_name["int8"], by_name["none"], by_name["int4"]
     said = verdicts(*made)
@@ -218,7 +248,7 @@ def test_every_judgement_can_be_recomputed_from_the_file():
     center = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
     halves = [statistics.stdev(log) / math.sqrt(2) for log in logs]
     half = 12.71 * math.hypot(*halves)  # two runs a side: Welch's degrees of freedom lie between 1 and 2
-    assert q.speed_interval(made[1], made[0]) == pytest.approx(
+    assert speed_interval(made[1], made[0]) == pytest.approx(
         (math.exp(center - half), math.exp(center + half))
     )
     assert (said[SPEED] == "not met") == (math.exp(center + half) < 0.9)
@@ -239,7 +269,7 @@ def test_every_judgement_can_be_recomputed_from_the_file():
         n: statistics.median([run["decode_tokens_per_s"] for run in r["runs"]] or [0])
         for n, r in by_name.items()
     }
-    text = " ".join(q.recommendation(made))
+    text = " ".join(recommendation(made))
     assert (
         smallest == "int8"
         and "Smallest that keeps the answers: int8" in text
@@ -252,7 +282,7 @@ def test_every_judgement_can_be_recomputed_from_the_file():
 
 
 def advice(*results):
-    return " ".join(q.recommendation(list(results)))
+    return " ".join(recommendation(list(results)))
 
 
 def test_of_equally_small_precisions_the_fastest_is_recommended():
@@ -282,7 +312,7 @@ def test_only_what_was_measured_to_its_end_is_recommended():
     assert "keeps the answers: int8" in advice(result("int8", (10, 10), 0.01), judged)
     uncompiled = replace(judged, eager_complete=True)
     assert "keeps the answers: int2" in advice(uncompiled)
-    assert q.row_label(uncompiled) == "int2" and "✗" in q.row_label(uncompiled, compiled=True)
+    assert row_label(uncompiled) == "int2" and "✗" in row_label(uncompiled, compiled=True)
 
 
 def test_speeds_that_cannot_be_told_apart_are_said_to_be():
@@ -299,8 +329,8 @@ def test_precisions_on_different_devices_are_not_compared():
         result("int8", (9, 9), 0.01, devices=["cuda:0"]),
     )
     told = advice(base, r)
-    assert "Fastest" not in told and "times bf16's" not in told and q.speed_interval(r, base) is None
-    assert q.comparability_warnings([base, r]) == [
+    assert "Fastest" not in told and "times bf16's" not in told and speed_interval(r, base) is None
+    assert comparability_warnings([base, r]) == [
         "Measured on different devices (bf16 on cuda:0, cuda:1; int8 on cuda:0): speeds are not compared."
     ]
 
@@ -336,14 +366,14 @@ def test_a_recommendation_names_the_speeds_that_are_uncertain():
 
 def test_instability_and_drift_say_so_themselves():
     def told(*rates):
-        return " ".join(q.warnings_for(result(rates=rates)))
+        return " ".join(warnings_for(result(rates=rates)))
 
     assert told(10, 10, 10) == ""
     assert told(10, 9.999, 9.998, 9.997, 9.996, 9.995) == ""  # in order, and far too little to matter
     assert "differ by" in told(10, 5, 10) and "slower than the first" not in told(10, 5, 10)
     assert "slower than the first" in told(10, 9.5, 9, 8.5, 8, 7.5)
     assert [
-        "The compiled runs' rates differ" in line for line in q.warnings_for(result(compiled=compiled(10, 5)))
+        "The compiled runs' rates differ" in line for line in warnings_for(result(compiled=compiled(10, 5)))
     ] == [True]
 
 
@@ -358,8 +388,8 @@ def test_instability_and_drift_say_so_themselves():
     ],
 )
 def test_what_a_reader_must_know_is_said(changes, warning):
-    assert any(warning in line for line in q.warnings_for(result("int8", **changes)))
-    assert q.warnings_for(result("int8", kl=0.001)) == []
+    assert any(warning in line for line in warnings_for(result("int8", **changes)))
+    assert warnings_for(result("int8", kl=0.001)) == []
 
 
 LOST = {"bias": "as shipped, it leaves out the bias of 3 layers"}
@@ -378,16 +408,16 @@ LOST = {"bias": "as shipped, it leaves out the bias of 3 layers"}
 )
 def test_what_forbids_a_precision_is_said_first_and_in_red(changes, warning):
     made = result("int8", notes=["a note"], **changes)
-    assert any(warning in line for line in q.grave_warnings(made))
-    red, yellow = q.alerts(q.Benchmark([made]))
+    assert any(warning in line for line in grave_warnings(made))
+    red, yellow = alerts(Benchmark([made]))
     assert red.startswith("[bold red]! ") and warning in red and yellow == "[bold yellow]! a note[/]"
-    assert q.grave_warnings(result("int8", kl=0.001, defects=LOST)) == []
+    assert grave_warnings(result("int8", kl=0.001, defects=LOST)) == []
 
 
 def test_a_compiled_step_that_answers_otherwise_is_said():
     def told(eager, kl, error=0.001):
         made = result("int8", quality=eager, compiled=compiled(20, 20, quality=quality(kl, error)))
-        return any("COMPILED STEP ANSWERS OTHERWISE" in line for line in q.grave_warnings(made))
+        return any("COMPILED STEP ANSWERS OTHERWISE" in line for line in grave_warnings(made))
 
     assert told(quality(0.004), 0.3) and told(None, 0.06)  # None: the reference itself
     assert not told(quality(0.004), 0.03) and not told(None, 0.04)
@@ -397,21 +427,19 @@ def test_a_compiled_step_that_answers_otherwise_is_said():
 
 def test_what_was_not_measured_alike_is_said():
     def told(*speeds):
-        return q.comparability_warnings(
-            [result("int8", memory_bytes_per_s={"cpu": speed}) for speed in speeds]
-        )
+        return comparability_warnings([result("int8", memory_bytes_per_s={"cpu": speed}) for speed in speeds])
 
-    assert told(34e9, 36e9) == [] == q.comparability_warnings([result("int8", memory_bytes_per_s={})])
+    assert told(34e9, 36e9) == [] == comparability_warnings([result("int8", memory_bytes_per_s={})])
     (line,) = told(34e9, 61e9, 35e9)
     assert "Memory of cpu delivered 34.0 to 61.0 GB/s" in line and "intervals of speeds are widened" in line
 
 
 def test_a_workers_end_in_words():
-    assert q.describe_exit(-9) == "its process was killed by SIGKILL (out of memory?)"
-    assert q.describe_exit(3) == "its process ended with exit code 3"
-    assert q.describe_exit(-11, "in kernel x") == "its process was killed by SIGSEGV (in kernel x)"
+    assert describe_exit(-9) == "its process was killed by SIGKILL (out of memory?)"
+    assert describe_exit(3) == "its process ended with exit code 3"
+    assert describe_exit(-11, "in kernel x") == "its process was killed by SIGSEGV (in kernel x)"
     number = signal.SIGRTMIN + 1  # has no name
-    assert q.describe_exit(-number) == f"its process was killed by signal {number}"
+    assert describe_exit(-number) == f"its process was killed by signal {number}"
 
 
 @pytest.mark.parametrize(
@@ -429,8 +457,8 @@ def test_a_workers_end_in_words():
     ],
 )
 def test_runs_that_are_still_warming_up(rates, warms):
-    assert q.is_warming_up(list(rates)) == warms
-    told = " ".join(q.instability("eager", runs(*rates), False))
+    assert is_warming_up(list(rates)) == warms
+    told = " ".join(instability("eager", runs(*rates), False))
     assert ("still warming up" in told) == warms
     assert not (warms and "busy" in told)
 
@@ -454,28 +482,26 @@ def slowing(rate, by, tokens=300):
     ],
 )
 def test_decode_that_slows_with_context(made, slows):
-    assert q.slows_with_context(made) == slows
-    told = [text for text in q.instability("eager", made, False) if "slows with context" in text]
+    assert slows_with_context(made) == slows
+    told = [text for text in instability("eager", made, False) if "slows with context" in text]
     assert len(told) == slows and all("at the beginning" in text for text in told)
 
 
 def test_share_of_a_step_in_which_the_gpu_works():
     r = result(rates=(20, 20), kernel_s=0.01)
-    assert q.gpu_share(r) == pytest.approx(0.2)
-    assert (
-        q.gpu_share(result(rates=(20, 20))) is None and q.gpu_share(result(rates=(), kernel_s=0.01)) is None
-    )
-    (line, _) = q.host_bound([r, result("none", rates=(10, 10))])
+    assert gpu_share(r) == pytest.approx(0.2)
+    assert gpu_share(result(rates=(20, 20))) is None and gpu_share(result(rates=(), kernel_s=0.01)) is None
+    (line, _) = host_bound([r, result("none", rates=(10, 10))])
     assert "int8 20.0 %" in line and "bf16" not in line and "Python on the host" in line
-    (line, _) = q.host_bound([result(rates=(20, 20), kernel_s=0.04)])
+    (line, _) = host_bound([result(rates=(20, 20), kernel_s=0.04)])
     assert "80.0 %" in line and "Python" not in line
-    assert q.host_bound([result()]) == []
-    warned = [q.warnings_for(result(rates=(10, 12, 10), kernel_s=s))[0] for s in (0.01, 0.08)]
+    assert host_bound([result()]) == []
+    warned = [warnings_for(result(rates=(10, 12, 10), kernel_s=s))[0] for s in (0.01, 0.08)]
     assert "the host" in warned[0] and "busy?" in warned[1]
 
 
 def test_what_cudnn_costs_is_told_where_it_costs():
     costs = {"first": 0.058, "again": 0.0221}
-    told = " ".join(q.cudnn_lines([result("none", cudnn_attention_s=costs), result()]))
+    told = " ".join(cudnn_lines([result("none", cudnn_attention_s=costs), result()]))
     assert "bf16 58.0 instead of 22.1" in told and "enable_cudnn_sdp(False)" in told and "int8" not in told
-    assert q.cudnn_lines([result(cudnn_attention_s={"first": 0.0225, "again": 0.0221}), result()]) == []
+    assert cudnn_lines([result(cudnn_attention_s={"first": 0.0225, "again": 0.0221}), result()]) == []

@@ -19,8 +19,11 @@ from conftest import BANDWIDTH, QUESTION, SCRIPT, arguments, edited, wait_for
 # edits of the script: each gives a worker a fault, or a place to wait in
 RUN = "    torch.manual_seed(seed)\n    energy = energy_j(bench.handles)\n"
 MEASURED = '    measure(started, job["reference"], job["on_terminal"], job["debug"])\n'
-STEP = "    STEP_TIMEOUT_S = timeout_s\n    status(doing)\n"
-HANG = (STEP, STEP + "    if doing == os.environ.get('HANG_IN'):\n        time.sleep(3600)\n")
+STEP = "        self.timeout_s = timeout_s\n        self.status(doing)\n"
+HANG = (
+    STEP,
+    STEP + "        if doing == os.environ.get('HANG_IN'):\n            __import__('time').sleep(3600)\n",
+)
 
 
 def worker_of(process):
@@ -28,7 +31,11 @@ def worker_of(process):
 
     def find():
         with contextlib.suppress(psutil.Error):  # one that has just been made, or ended
-            return [c for c in psutil.Process(process.pid).children() if "--worker" in c.cmdline()]
+            return [
+                c
+                for c in psutil.Process(process.pid).children()
+                if any("_qwquanto.worker" in word for word in c.cmdline())
+            ]
 
     return wait_for(find, process)[0]
 
@@ -181,7 +188,8 @@ def test_every_way_a_worker_can_end(script, tiny, tmp_path):
     copy = edited(
         tmp_path, BANDWIDTH, (RUN, in_second_run + RUN), (loading, loading + fails),
         (running, running.replace('model"', 'model", timeout_s=6')), ("EXIT_S = 10 ", "EXIT_S = 2 "),
-        (MEASURED, MEASURED + "    time.sleep(3600)\n"),  # hangs at exit, complete (int4) or failed (float8)
+        # hangs at exit, complete (int4) or failed (float8)
+        (MEASURED, MEASURED + "    __import__('time').sleep(3600)\n"),
     )  # fmt: skip
     ended = script(
         path=copy, model_name=tiny, question=QUESTION, compare=("none", "int8", "float8", "int4", "int2"),
@@ -207,7 +215,7 @@ def test_a_complete_result_is_complete_though_its_process_hangs(script, tiny, tm
     """And a later write makes up for one that failed: nothing is said of it then."""
     write = "    temporary = target.with_name("
     fails = "    if not benchmark.results[0].runs:\n        raise OSError(28, 'No space left on device')\n"
-    hangs = (MEASURED, MEASURED + "    time.sleep(3600)\n"), ("EXIT_S = 10 ", "EXIT_S = 2 ")
+    hangs = (MEASURED, MEASURED + "    __import__('time').sleep(3600)\n"), ("EXIT_S = 10 ", "EXIT_S = 2 ")
     copy = edited(tmp_path, BANDWIDTH, (write, fails + write), *hangs)
     ended = script(path=copy, model_name=tiny, question=QUESTION, max_length=40, runs=1)
     assert ended.code == 0 and ended.results[0]["complete"]

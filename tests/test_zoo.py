@@ -5,16 +5,18 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import optimum.quanto
 import pytest
 import torch
 import zoo
+from conftest import ROOT
 from results import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import qwquanto as q
+from _qwquanto.compiled.prepare import max_positions
+from _qwquanto.worker.loading import load_model, make_meta_model
+from _qwquanto.worker.quanto import MENDED, mend_quanto, modules_to_skip, quanto_defects
 
 PRECISIONS = ("float8", "int8", "int4", "int2")
 PROMPT, ANSWER = 10, 12  # tokens
@@ -23,7 +25,7 @@ PROMPT, ANSWER = 10, 12  # tokens
 def load(folder, weights):
     """A model as the script loads it."""
     s = settings(device="cpu", model_name=str(folder), weights=weights)
-    return q.load_model(s, str(folder), q.make_meta_model(s, str(folder)), ["cpu"])
+    return load_model(s, str(folder), make_meta_model(s, str(folder)), ["cpu"])
 
 
 def dequantized(weight):
@@ -66,11 +68,11 @@ def divergence(exact, model):
 
 def compare(folder, weights):
     """Quanto's and mere rounding's distance from the exact answers, quantized layers, what was mended."""
-    q.MENDED.clear()  # of other models
+    MENDED.clear()  # of other models
     quantized = load(folder, weights)
     layers = sum(hasattr(getattr(m, "weight", None), "_qtype") for m in quantized.modules())
     exact, rounded = references(folder, quantized)
-    return divergence(exact, quantized), divergence(exact, rounded), layers, q.quanto_defects(quantized)
+    return divergence(exact, quantized), divergence(exact, rounded), layers, quanto_defects(quantized)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ def error(layer, x):
 
 
 def quantized_linear(rows, columns, kind, dtype=torch.bfloat16):
-    q.mend_quanto()
+    mend_quanto()
     layer = torch.nn.Linear(columns, rows, bias=False, dtype=dtype)
     layer = optimum.quanto.QLinear.from_module(layer, weights=getattr(optimum.quanto, kind))
     layer.freeze()
@@ -134,7 +136,7 @@ def test_odd_shapes_are_right_and_so_are_activations_laid_out_oddly(kind, dtype)
 
 
 def test_float8_survives_a_row_of_zeros():
-    q.mend_quanto()
+    mend_quanto()
     layer = torch.nn.Linear(32, 4, bias=False)
     layer.weight.data[1] = 0
     layer = optimum.quanto.QLinear.from_module(layer, weights=optimum.quanto.qfloat8)
@@ -210,9 +212,7 @@ def test_routers_that_inherit_from_linear_are_left_alone_and_nothing_else_is(tmp
     for name, router in skipped.items():
         zoo.save_model(name, tmp_path / name)
         s = settings(device="cpu", model_name=str(tmp_path / name), weights="int8")
-        lost = [
-            key for key in q.modules_to_skip(q.make_meta_model(s, str(tmp_path / name))) if key.endswith("$")
-        ]
+        lost = [key for key in modules_to_skip(make_meta_model(s, str(tmp_path / name))) if key.endswith("$")]
         assert len(lost) == (2 if router else 0) and all(re.escape(router) in key for key in lost)
         model = load(tmp_path / name, "int8")
         plain = {
@@ -221,11 +221,11 @@ def test_routers_that_inherit_from_linear_are_left_alone_and_nothing_else_is(tmp
             if isinstance(m, torch.nn.Linear) and not hasattr(m.weight, "_qtype")
         }
         assert {n.split(".", 3)[-1] for n in plain} == ({router, "lm_head"} if router else {"lm_head"}), name
-        assert ("routers" in q.quanto_defects(model)) == bool(router)
+        assert ("routers" in quanto_defects(model)) == bool(router)
 
 
 def test_the_report_hears_what_was_mended(tmp_path):
-    q.mend_quanto()
+    mend_quanto()
     zoo.save_model("llama 200", tmp_path / "odd")
     zoo.save_model("llama", tmp_path / "even")
     zoo.save_model("mamba", tmp_path / "transposed")
@@ -242,12 +242,11 @@ def test_quanto_as_shipped_is_left_as_shipped():
     """In a process of its own: what `mend_quanto` changes cannot be taken back."""
     code = f"""
         import sys
-        sys.path.insert(0, {str(Path(q.__file__).parent)!r})
-        import qwquanto as q
-        from optimum.quanto.library import qbytes_mm
-        q.mend_quanto(leave_kernels=True)
+        sys.path.insert(0, {str(ROOT)!r})
+                from optimum.quanto.library import qbytes_mm
+        mend_quanto(leave_kernels=True)
         print(hasattr(qbytes_mm, "shipped"))
-        q.mend_quanto()
+        mend_quanto()
         print(hasattr(qbytes_mm, "shipped"))
     """
     assert in_plain_python(code) == (0, "False\nTrue\n")
@@ -263,8 +262,8 @@ def test_the_longest_sequence_whatever_it_is_called():
         "bloom": math.inf,
         "xlstm": math.inf,
     }
-    assert {name: q.max_positions(zoo.make_config(name)) for name in limits} == limits
+    assert {name: max_positions(zoo.make_config(name)) for name in limits} == limits
     assert (
-        q.max_positions(AutoConfig.for_model("gemma3"))
+        max_positions(AutoConfig.for_model("gemma3"))
         == AutoConfig.for_model("gemma3").text_config.max_position_embeddings
     )

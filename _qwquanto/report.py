@@ -1,0 +1,335 @@
+"""A Benchmark becomes the report's lines and tables. Pure but for `print_report`."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any
+
+from _qwquanto.console import bars, discard, escape, render, save_report, table
+from _qwquanto.results import Benchmark, Result, Run, to_json
+from _qwquanto.settings import SHORT_DTYPES, Settings
+from _qwquanto.stats import (
+    KL_BROKEN,
+    KL_KEPT,
+    decode_rate,
+    deviation,
+    gpu_share,
+    joules_per_token,
+    median,
+    pace,
+    peak_bytes,
+    percentile,
+    saving,
+    verdict,
+)
+from _qwquanto.text import format_3g, gib, kl_text, percent, plural, plus_minus, rate_text, spread_text
+from _qwquanto.verdicts import (
+    HOST_BOUND,
+    PLANNING,
+    comparability_warnings,
+    expectations,
+    grave_warnings,
+    recommendation,
+    reference_of,
+    warnings_for,
+)
+
+
+def report(benchmark: Benchmark) -> list[Any]:
+    """The whole report of what was measured, a single precision or a comparison."""
+    results = benchmark.results
+    first = benchmark.described
+    compared = bool(first.settings.compare)
+    compiled = any(r.compiled for r in results)
+    parts = [heading(first), *(recommendation(results) if compared else single_headline(first)), ""]
+    for block in (hardware(first), alerts(benchmark)):
+        parts += [*block, ""] if block else []
+    parts += speed_table(results) + host_bound(results)
+    parts += speed_table(results, compiled=True) if compiled else []
+    if compared:
+        parts += comparison_memory(results) + comparison_quality(results)
+    else:
+        parts += runs_table(first) + memory_table(first)
+    return parts + expected_table(results) + kernel_lines(results) + answers(results)
+
+
+def heading(r: Result) -> str:
+    s = r.settings
+    size = f", {format_3g(r.parameters, 1e9)} B parameters" if r.parameters else ""
+    form = ("comparison" if s.compare else r.label) + (", eager and compiled" if s.compile else "")
+    place = f", on {', '.join(r.devices)}" if r.devices else ""
+    return f"[bold]# {escape(s.model_name)}: {form}[/]{size}{place}"
+
+
+def single_headline(r: Result) -> list[str]:
+    """The most important figures in one plain sentence."""
+    if not r.timed_runs or r.weight_bytes is None:
+        return []
+    rate, ttft = decode_rate(r.timed_runs), median(run.ttft_s for run in r.timed_runs)
+    how = " in this script's compiled step" if r.timed_runs is not r.runs else ""
+    parts = [f"{format_3g(rate)} tokens/s{how}" if rate else "no speed (answers of one token)"]
+    parts += [f"first token after {format_3g(ttft)} s", f"weights {format_3g(r.weight_bytes, 1e6)} MB"]
+    if r.settings.weights:
+        parts.append(f"{percent(saving(r))} % less than {SHORT_DTYPES.get(r.dtype, 'unquantized')}")
+    return [f"[bold green]{r.label}:[/] {', '.join(parts)}."]
+
+
+def hardware(r: Result) -> list[str]:
+    """Hardware and versions."""
+    machine = {key for key in r.environment if key in ("cpu", "ram") or key in r.devices}
+    versions = [f"{key} {text}" for key, text in r.environment.items() if key not in machine]
+    parts = "; ".join(text for key, text in r.environment.items() if key in machine)
+    return [escape(line) for line in (parts, ", ".join(versions)) if line]
+
+
+def alerts(benchmark: Benchmark) -> list[str]:
+    """What failed, and what a reader must know; a warning names its precisions unless it is everyone's."""
+    results = benchmark.results
+    lines = []
+    grave, said = {}, {}
+    compared = bool(results[0].settings.compare)
+    if benchmark.interrupted:
+        lines.append("[bold yellow]! Interrupted: this is what had been measured.[/]")
+    for r in results:
+        if r.failure:
+            what = "--compile " * bool(r.settings.compile and r.eager_complete)  # the eager rows are whole
+            what += ("unavailable" if r.unavailable else "FAILED") + f": {escape(r.failure)}"
+            lines.append(f"[bold red]{f'{r.label} ' * compared}{what}[/]")
+        for text in grave_warnings(r):
+            grave.setdefault(text, []).append(r.label)
+        for text in warnings_for(r):
+            said.setdefault(text, []).append(r.label)
+    for style, told in (("red", grave), ("yellow", said)):
+        for text, labels in told.items():
+            whose = f"{', '.join(labels)}: " if len(labels) < len(results) else ""
+            lines.append(f"[bold {style}]! {whose}{escape(text)}[/]")
+    if compared:
+        lines += [f"[bold yellow]! {escape(text)}[/]" for text in comparability_warnings(results)]
+    return lines
+
+
+def row_label(r: Result, compiled: bool = False) -> str:
+    """A row's name, marked if what it shows failed or was not finished."""
+    if r.complete or (r.eager_complete and not compiled):
+        return r.label
+    return f"{r.label} [red]✗[/]" if r.failure else f"{r.label} [yellow]…[/]"
+
+
+def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
+    """Speeds, eager or in the compiled step."""
+    groups = [(r.compiled.runs if r.compiled else []) if compiled else r.runs for r in results]
+    if not any(groups):
+        return []
+    rates = [decode_rate(runs) for runs in groups]
+    rows = []
+    drawn = bars(rates, [rate_text(runs) for runs in groups], max(filter(None, rates), default=None))
+    base = next((r for r, rate in zip(results, rates, strict=True) if rate and r.name == "none"), None)
+    energy = compiled and any(joules_per_token(runs) for runs in groups)
+    for r, runs, rate, cell in zip(results, groups, rates, drawn, strict=True):
+        row = [row_label(r, compiled), cell]
+        measured = r.compiled if compiled else r
+        if base:
+            alike = rate and r.devices == base.devices
+            row.append(format_3g(rate / rates[results.index(base)]) if alike else "–")
+        if compiled:
+            eager = decode_rate(r.runs)
+            row.append(format_3g(rate / eager) if rate and eager else "–")
+            row.append(format_3g(measured and measured.seconds))
+        else:
+            row.append(plus_minus(r.prefill_tokens_per_s, deviation(r.prefill_rates)))
+            row.append(spread_text([run.ttft_s for run in runs], 0.001))
+        row.append(percent(measured and measured.bandwidth_utilization))
+        rows.append(row + [format_3g(joules_per_token(runs))] * energy)
+    columns = ["weights", "decode tok/s", *["speed-up"] * bool(base)]
+    columns += ["x eager", "compile s"] if compiled else ["prefill tok/s", "TTFT ms"]
+    return table(speed_title(results, groups, compiled), [*columns, "MBU %", *["J/tok"] * energy], rows)
+
+
+def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) -> str:
+    """What the speeds are of; counts are of the runs made, not of those asked for."""
+    counts = sorted({len(runs) for runs in groups if runs} or {0})
+    tokens = max((run.generated_tokens for runs in groups for run in runs), default=0)
+    made = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else plural(counts[0], "run")
+    title = next((r.compiled.way for r in results if r.compiled), "") if compiled else "Speed, eager"
+    return f"{title[:1].upper()}{title[1:]}: medians of {made} of up to {plural(tokens, 'new token')}"
+
+
+def host_bound(results: list[Result]) -> list[str]:
+    """How much of an eager decode step the GPU works: where that is little, the host's speed is measured."""
+    shares = {r.label: gpu_share(r) for r in results}
+    known = ", ".join(f"{label} {percent(share)} %" for label, share in shares.items() if share)
+    if not known:
+        return []
+    line = f"GPU at work during an eager step: {known}"
+    if min(filter(None, shares.values())) < HOST_BOUND:
+        line += "; for the rest it waits for Python on the host, whose speed this is."
+    return [line.rstrip(".") + ".", ""]
+
+
+def runs_table(r: Result) -> list[Any]:
+    """A line a run, eager ones before compiled ones, and what describes all timed ones of the last kind."""
+    runs = r.timed_runs
+    if not runs:
+        return []
+    columns, rows = ("run", "ended by", "tokens", "TTFT ms", "decode tok/s", "latency s", "J"), []
+    kinds = ("eager ", "compiled ") if runs is not r.runs else ("",)
+    numbered = []
+    for kind, measured in zip(kinds, (r, r.compiled), strict=False):
+        warm = f"last of {len(measured.warmup)}"
+        numbered += [(f"{kind}warm", warm, run) for run in measured.warmup[-1:]]
+        numbered += [(f"{kind}{i + 1}", run.stop_reason, run) for i, run in enumerate(measured.runs)]
+    for name, ended, run in numbered:
+        joules = sum(run.energy_j.values()) if run.energy_j and run.latency_s >= 1 else None
+        rest = format_3g(run.decode_tokens_per_s), format_3g(run.latency_s), format_3g(joules)
+        rows.append([name, ended, str(run.generated_tokens), format_3g(run.ttft_s, 0.001), *rest])
+    used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
+    title = f"Runs: {runs[0].prompt_tokens} prompt tokens ({used})"
+    facts = [f"{kinds[-1]}latency {spread_text(run.latency_s for run in runs)} s".capitalize()]
+    facts += [f"{spread_text(run.tokens_per_s for run in runs)} tokens/s of the whole call"]
+    if gaps := [gap for run in runs for gap in run.inter_token_s]:
+        shown = ", ".join(format_3g(percentile(gaps, p), 0.001) for p in (50, 90, 99))
+        facts.append(f"inter-token {shown} ms (p50, p90, p99)")
+    if rates := pace(runs):
+        facts.append(f"pace {' → '.join(map(format_3g, rates))} tokens/s from the first to the last tenth")
+    if r.memory_bytes_per_s:
+        delivers = format_3g(min(r.memory_bytes_per_s.values()), 1e9)
+        facts.append(f"this device's memory delivers {delivers} GB/s")
+    return [*table(title, columns, rows, left=2), "; ".join(facts) + ".", ""]
+
+
+def memory_table(r: Result) -> list[Any]:
+    """Every phase of memory, a row each kind; and the weights in two sentences."""
+    phases = ("before load", "after load", "peak of load", "peak of runs")
+    named = lambda name: name.replace("used", "used by all").replace("rss", "process RSS")
+    sizes = lambda name: [gib(r.memory.get(phase, {}).get(name)) for phase in phases]
+    rows = [[named(name), *sizes(name)] for name in r.memory.get(phases[0], ())]
+    parts = table("Memory", ("GiB", *phases), rows) if rows else []
+    if r.weight_bytes is None:
+        return parts
+    kinds = ", ".join(f"{count} {kind}" for kind, count in r.weight_types.items())
+    quantized = f"Quantized: {r.quantized_layers} of {r.linear_layers} linear layers"
+    quantized += f" ({kinds})" if kinds else ""
+    if r.skipped_layers:
+        quantized += f"; {plural(r.skipped_layers, 'layer')} with a forward of its own left alone"
+    stored = f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/]"
+    stored += f"; unquantized {r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved"
+    peaks = [f"{named(name)} {gib(size)}" for name, size in r.memory.get("peak of compiled runs", {}).items()]
+    step = [f"Peak in the compiled step: {', '.join(peaks)} GiB."] if peaks else []
+    return [*parts, *step, f"{stored}. Loaded in {format_3g(r.load_s)} s.", quantized + ".", ""]
+
+
+def comparison_memory(results: list[Result]) -> list[Any]:
+    """Stored weights, and the peak of tensors or, without torch's count, of RSS; energy has room here."""
+    sizes = [r.weight_bytes for r in results]
+    peaks = [peak_bytes(r) for r in results]
+    rows = []
+    kinds = {kind for size, kind in peaks if size}
+    joules = [joules_per_token(r.runs) for r in results]
+    for i, (r, cell) in enumerate(zip(results, bars(sizes, [*map(gib, sizes)]), strict=True)):
+        peak, kind = peaks[i]
+        shown = gib(peak) + (f" {kind}" if peak and len(kinds) > 1 else "")
+        row = [row_label(r), cell, percent(saving(r)), shown, format_3g(r.load_s)]
+        rows.append(row + [format_3g(joules[i])] * any(joules))
+    title = f"Memory in GiB (peak of runs: {' or '.join(sorted(kinds)) or 'unknown'})"
+    columns = ("weights", "stored", "saved %", "peak", "load s", *["eager J/tok"] * any(joules))
+    said = "RSS counts libraries and freed memory too, so it hides what a small model saves:"
+    said += " go by what is stored."
+    return table(title, columns, rows) + ([said, ""] if "RSS" in kinds else [])
+
+
+def comparison_quality(results: list[Result]) -> list[Any]:
+    """How far each precision's answers are from the reference's."""
+    colours = {"kept": "green", "changed": "yellow", "broken": "bold red", "reference": "dim", "–": "dim"}
+    rows, positions = [], max((r.quality.positions for r in results if r.quality), default=0)
+    for r in results:
+        q, said = r.quality, "reference" if r.is_reference else verdict(r)
+        share = f"{q.same_top_token * 100:.0f} ({q.low * 100:.0f}–{q.high * 100:.0f})" if q else "–"
+        answers = f"[{colours.get(said, 'yellow')}]{said}[/]"
+        rows.append([row_label(r), kl_text(q), format_3g(q and q.kl_p99), share, answers])
+    title = f"Answers against {reference_of(results)}'s, {plural(positions, 'token')}"
+    if not any(r.is_reference and r.name == "none" for r in results):
+        title += ", the most precise one that ran"
+    columns = ("weights", "KL nats", "KL p99", "same top token %", "answers")
+    judged = [(r.label, r.compiled.quality) for r in results if r.compiled and r.compiled.quality]
+    each = ", ".join(f"{label} {kl_text(q)}" for label, q in judged)
+    step = [f"KL of the compiled step's answers: {each}."] if judged else []
+    limits = f"This script's limits: kept up to a KL of {KL_KEPT}, changed up to {KL_BROKEN}, broken above."
+    return [*table(title, columns, rows), limits, *step, ""] if positions else []
+
+
+def expected_table(results: list[Result]) -> list[Any]:
+    """What introductions to Quanto tell users to expect, against what was measured here."""
+    marks = {"met": "[green]✓ met[/]", "not met": "[red]✗ not met[/]"}
+    rows, reasons = [], []
+    for e in expectations(results):
+        rows.append([e.expected, e.of, e.measured, marks.get(e.verdict, f"[yellow]? {e.verdict}[/]")])
+        reasons += [e.reason] if e.reason and e.verdict == "not met" else []
+    if not rows:
+        return []
+    title = "Expected of Quanto, and measured"
+    columns = ("expected", "of", "measured", "verdict")
+    return table(title, columns, rows, left=4) + reasons + [""] * bool(reasons)
+
+
+def kernel_lines(results: list[Result]) -> list[Any]:
+    """Which matrix products one eager decode step really called, and what Quanto as shipped would do here."""
+    lines = []
+    for r in results:
+        if r.kernels:
+            calls = ", ".join(f"{count} {name}" for name, count in r.kernels.items())
+            lines.append(escape(f"{r.label}: {calls}"))
+        mended = "" if r.settings.quanto_kernels else " (mended here)"
+        lines += [escape(f"{r.label}: {text}{mended}") for text in r.defects.values()]
+    lines += cudnn_lines(results)
+    return ["[bold]### Kernels of one eager decode step[/]", "", *lines, ""] if lines else []
+
+
+def cudnn_lines(results: list[Result]) -> list[str]:
+    """What torch's choice of cuDNN's attention costs a program that leaves it on, where that was seen."""
+    seen = [(r.label, r.cudnn_attention_s) for r in results if r.cudnn_attention_s]
+    costs = [
+        f"{label} {format_3g(cost['first'], 0.001)} instead of {format_3g(cost['again'], 0.001)}"
+        for label, cost in seen
+        if cost["first"] > PLANNING * cost["again"]
+    ]
+    if not costs:
+        return []
+    line = "As shipped, torch plans cuDNN's attention anew at every context length that a process has not had"
+    line += f" before, ms a token: {'; '.join(costs)} (switched off here)."
+    return [line, "Your own program wants torch.backends.cuda.enable_cudnn_sdp(False)."]
+
+
+def answers(results: list[Result]) -> list[Any]:
+    """The beginning of each precision's first answer."""
+    most = 200 if len(results) > 1 else 400
+    rows = []
+    for r in results:
+        text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())
+        text = text.rstrip("\ufffd")  # half a character, cut by the end
+        rows += [[r.label, escape(text[:most] + "…" * (len(text) > most))]] if text else []
+    sampled = len(results) > 1 and results[0].settings.do_sample
+    title = "The first answers begin" + " (sampled: each differs in wording)" * sampled
+    return table(title, ("weights", "answer"), rows, left=2) if rows else []
+
+
+def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
+    """Save the report's picture and print it; what could not be written."""
+    out = sys.stderr if s.results == "-" else sys.stdout
+    problems, parts = [], []
+    if any(r.memory for r in benchmark.results):
+        parts = report(benchmark)
+        problems += save_report(parts, s.report, f"python qwquanto.py, {s.model_name}")
+    else:
+        problems += dict.fromkeys(r.failure for r in benchmark.results if r.failure)
+    try:
+        if parts:
+            render(parts, out)
+        if s.results == "-":
+            print(to_json(benchmark))
+        sys.stdout.flush()
+    except OSError as error:
+        discard(sys.stdout)
+        if error.errno not in (errno.EPIPE, errno.EIO):  # `| head` has seen enough; a terminal that is closed
+            problems.append(f"cannot write to standard output: {error.strerror or error}")
+    return problems

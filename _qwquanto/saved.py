@@ -1,0 +1,105 @@
+"""`--show`: saved results printed again, and several files beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from _qwquanto.channel import Failure
+from _qwquanto.console import escape, render, save_report, table
+from _qwquanto.report import alerts, hardware, report, row_label
+from _qwquanto.results import Benchmark, Result, Run, from_json
+from _qwquanto.stats import distortion, is_about_one, kl_interval, peak_bytes, ratio_interval
+from _qwquanto.text import format_3g, gib, kl_text, plural, rate_text
+
+
+def file_facts(benchmark: Benchmark) -> dict[str, Any]:
+    """What a file's figures depend on: date, script, devices, versions and settings."""
+    first = benchmark.described
+    known = {"date": benchmark.date, "qwquanto": benchmark.version, "devices": ", ".join(first.devices)}
+    settings = {key.upper(): value for key, value in dataclasses.asdict(first.settings).items()}
+    for own in ("WEIGHTS", "RESULTS", "REPORT"):
+        del settings[own]
+    return known | first.environment | settings
+
+
+def against(r: Result, base: Result) -> list[str]:
+    """How a saved result stands to another one: speed, the compiled step's speed, peak of memory and KL.
+
+    Bandwidths widen the interval of speeds on one machine alone: between two, they are the difference.
+    """
+    widened = distortion(r, base) if hardware(r)[:1] == hardware(base)[:1] else 1.0
+
+    def speed(runs: list[Run], base_runs: list[Run]) -> str:
+        if not (ratio := ratio_interval(runs, base_runs, widened)):
+            return "–"
+        return (
+            "about the same" if is_about_one(ratio) else f"{format_3g(ratio[0])} to {format_3g(ratio[1])} x"
+        )
+
+    steps = [one.compiled.runs if one.compiled else [] for one in (r, base)]
+    cells = [speed(r.runs, base.runs), speed(*steps), "–", "–"]
+    peak, kind = peak_bytes(r)
+    before, base_kind = peak_bytes(base)
+    if peak and before and kind == base_kind:
+        cells[2] = f"{format_3g(peak / before)} x"
+    if r.quality and base.quality and r.quality.reference == base.quality.reference:
+        low, high = kl_interval(r.quality)
+        least, most = kl_interval(base.quality)
+        cells[3] = "less" if high < least else "more" if low > most else "about the same"
+    return cells
+
+
+def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
+    """What differs between saved files, and a table of their results."""
+    names = [Path(file).stem for file in files]
+    names = [escape(name) for name in (names if len(set(names)) == len(names) else files)]
+    facts = [file_facts(b) for b in benchmarks]
+    lines = []
+    rows = []
+    for key in dict.fromkeys(key for known in facts for key in known):
+        values = [escape(str(known.get(key, "–"))) for known in facts]
+        if len(set(values)) > 1:
+            lines.append(f"{key}: {'; '.join(map(' '.join, zip(names, values, strict=True)))}")
+    first = {r.name: r for r in benchmarks[0].results}
+    other = benchmarks[0].results[0]
+    changes: list[list[str]] = []
+    for name, benchmark in zip(names, benchmarks, strict=True):
+        for r in benchmark.results:
+            rates = [rate_text(r.runs), rate_text(r.compiled.runs if r.compiled else [])]
+            sizes = [gib(r.weight_bytes), gib(peak_bytes(r)[0])]
+            base = first.get(r.name, other)
+            rows.append([f"{name} {row_label(r)}", *rates, *sizes, kl_text(r.quality)])
+            changes += [[f"{name} {r.label}", *against(r, base)]] if r is not base else []
+    columns = ("result", "decode tok/s", "compiled", "weights", "peak", "KL nats")
+    parts = table("Decode eager and compiled, memory in GiB, answers", columns, rows)
+    if changes:
+        new = any(r.name not in first for b in benchmarks for r in b.results)
+        title = f"Against the same WEIGHTS in {names[0]}" + f", or its {other.label}" * new
+        title += "; speeds as 95 % intervals"
+        parts += table(title, ("result", "eager speed", "compiled speed", "peak", "KL"), changes, left=5)
+    for name, file, benchmark in zip(names, files, benchmarks, strict=True):
+        if said := alerts(benchmark):
+            told = f"{plural(len(said), 'warning')} with these figures: --show {escape(file)}"
+            lines.append(f"[bold yellow]! {name}: {told}[/]")
+    return ["[bold]# Saved results, and what differs between them[/]", "", *lines, "", *parts]
+
+
+def show(files: list[str], picture: str | None = None) -> int:
+    """Report saved results: one file as it was printed, several as one table; also as a picture."""
+    benchmarks = []
+    for file in files:
+        try:
+            benchmarks.append(from_json(Path(file).read_text(encoding="utf-8")))
+            if not benchmarks[-1].results:
+                raise Failure("holds no results")
+        except (OSError, UnicodeDecodeError, Failure) as error:
+            print(f"qwquanto: {file}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            return 2
+    parts = report(benchmarks[0]) if len(files) == 1 else files_report(files, benchmarks)
+    render(parts, sys.stdout)
+    problems = save_report(parts, picture, " ".join(["python qwquanto.py --show", *files]))
+    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    return len(problems)

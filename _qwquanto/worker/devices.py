@@ -1,0 +1,188 @@
+"""Devices, their memory, bandwidth and energy. torch, psutil and NVML."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pynvml
+import torch
+
+from _qwquanto.channel import Failure, first_line
+
+CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
+
+
+def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
+    """(devices, notes): the first working device that `wanted` (DEVICE) allows and its kind's after it.
+
+    Raises Failure where there is none.
+    """
+    notes = []
+    has_cuda = torch.cuda.is_available()
+    if wanted != "cpu" and not has_cuda:
+        with contextlib.suppress(pynvml.NVMLError):  # no driver
+            pynvml.nvmlInit()
+            gpu = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+            build = torch.__version__
+            cure = "for +cpu, pip install torch --index-url https://download.pytorch.org/whl/cu130; otherwise"
+            cure += " the driver is too old, or CUDA_VISIBLE_DEVICES hides the GPU"
+            notes.append(f"NVIDIA's driver sees {gpu}, but this torch ({build}) cannot use it: {cure}")
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count() if has_cuda else 0)]
+    found += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    candidates = [device for device in found if wanted in ("auto", device, torch.device(device).type)]
+    if not candidates:
+        raise Failure(f"there is no device {wanted} here (found: {', '.join([*found, *notes])})")
+    for i, device in enumerate(candidates):
+        try:
+            torch.ones(2, device=device).sum().item()
+        except RuntimeError as error:
+            notes.append(f"{device} does not work: {first_line(error)}")
+        else:  # the others are not touched: that alone takes 0.6 GiB of a GPU
+            kind = torch.device(device).type
+            return [other for other in candidates[i:] if torch.device(other).type == kind], notes
+    raise Failure(notes[-1])
+
+
+def busy_note(when: str) -> list[str]:
+    """A note if other programs use the processor: decode beside one was steadily a hundred times slower."""
+    if psutil.cpu_percent(0.5) <= CPU_BUSY_PERCENT:  # this process sleeps meanwhile
+        return []
+    return [
+        f"other programs used over {CPU_BUSY_PERCENT} % of the processor {when}: the speeds may be too low"
+    ]
+
+
+def nvml_handles(devices: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """NVML's handle of each GPU, and notes. By UUID: CUDA_VISIBLE_DEVICES renumbers, NVML does not."""
+    handles = {}
+    try:
+        for device in devices:
+            if device.startswith("cuda"):
+                pynvml.nvmlInit()
+                uuid = torch.cuda.get_device_properties(device).uuid
+                handles[device] = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                device_memory_used(handles[device])  # not every driver and device can tell
+    except pynvml.NVMLError as error:
+        return {}, [f"no NVML: device memory in use and energy are unknown ({first_line(error)})"]
+    return handles, []
+
+
+def device_memory_used(handle: Any) -> int:
+    """Bytes in use by all programs, as nvidia-smi has it: NVML's version 1 adds the driver's reserve."""
+    return pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).used
+
+
+def energy_j(handles: dict[str, Any]) -> dict[str, float]:
+    """Joules that each GPU has used since its driver was loaded (Volta and newer); empty without a count."""
+    try:
+        return {d: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 for d, handle in handles.items()}
+    except pynvml.NVMLError:
+        return {}
+
+
+def synchronize(devices: list[str]) -> None:
+    """Wait for all work on all devices."""
+    for device in devices:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        elif device == "mps":
+            torch.mps.synchronize()
+
+
+def describe_environment(devices: list[str], handles: dict[str, Any]) -> dict[str, str]:
+    """Hardware and versions: a benchmark's are part of its result."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (named := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
+        cpu = named[1]
+    info = {"cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    info["ram"] = f"{memory_of('cpu')[1] / 2**30:.1f} GiB"
+    for device in devices:
+        if device.startswith("cuda"):
+            info[device] = f"{torch.cuda.get_device_name(device)}, {memory_of(device)[1] / 2**30:.1f} GiB"
+    if handles:
+        info["driver"] = pynvml.nvmlSystemGetDriverVersion()
+    info |= {"os": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
+    info["torch"] = torch.__version__  # names the CUDA build, which the package's version need not
+    return info | {package: version(package) for package in ("transformers", "optimum-quanto", "accelerate")}
+
+
+def memory_bandwidth(device: str) -> float:
+    """Bytes a second of a device's memory: the best of copies (read + written) and sums (read) of a GiB."""
+    size = min(2**30, memory_of(device)[0] // 8)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for moved, job in ((2 * source.nbytes, lambda: target.copy_(source)), (source.nbytes, source.sum)):
+        for _ in range(8):
+            synchronize([device])
+            begin = time.perf_counter()
+            job()
+            synchronize([device])
+            best = max(best, moved / (time.perf_counter() - begin))
+    return best
+
+
+def memory_of(device: str) -> tuple[int, int]:
+    """Bytes that can still be taken on a device, and all it has: its own memory, or the computer's."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)
+    return psutil.virtual_memory().available, psutil.virtual_memory().total
+
+
+def snapshot(devices: list[str], handles: dict[str, Any], cuda: str = "current") -> dict[str, int]:
+    """Bytes now: "rss" of this process, "cuda:0 used" (whole device), "… allocated" and "… reserved" (torch).
+
+    torch keeps the last two on CUDA, `cuda` "current" or their "peak" since the reset; "" leaves them out.
+    """
+    seen = {}
+    for device in devices:
+        if device.startswith("cuda") and cuda:
+            stats = torch.cuda.memory_stats(device)
+            seen[f"{device} allocated"] = stats.get(f"allocated_bytes.all.{cuda}", 0)
+            seen[f"{device} reserved"] = stats.get(f"reserved_bytes.all.{cuda}", 0)
+        if device in handles:
+            seen[f"{device} used"] = device_memory_used(handles[device])
+        if device == "mps":
+            seen["mps allocated"] = torch.mps.current_allocated_memory()
+            seen["mps reserved"] = torch.mps.driver_allocated_memory()
+    return seen | {"rss": psutil.Process().memory_info().rss}
+
+
+@contextlib.contextmanager
+def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callable[[], dict[str, int]]]:
+    """Watches memory within the block; the function it yields gives the peaks so far, named as in `snapshot`.
+
+    A thread polls, ten times a second, what keeps no peak itself; polling CUDA's allocator would slow runs.
+    """
+    for device in devices:
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(device)
+    seen = {}
+    ended = threading.Event()
+
+    def look() -> dict[str, int]:
+        for name, value in snapshot(devices, handles, cuda="").items():
+            seen[name] = max(value, seen.get(name, 0))
+        return seen
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: snapshot(devices, handles, cuda="peak") | look()
+    finally:
+        ended.set()
+        watcher.join()
