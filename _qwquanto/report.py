@@ -279,8 +279,8 @@ def kernel_lines(results: list[Result]) -> list[Any]:
         if r.kernels:
             calls = ", ".join(f"{count} {name}" for name, count in r.kernels.items())
             lines.append(escape(f"{r.label}: {calls}"))
-        mended = "" if r.settings.quanto_kernels else " (mended here)"
-        lines += [escape(f"{r.label}: {text}{mended}") for text in r.defects.values()]
+        patched = "" if r.settings.quanto_kernels else " (patched here)"
+        lines += [escape(f"{r.label}: {text}{patched}") for text in r.defects.values()]
     lines += cudnn_lines(results)
     return ["[bold]### Kernels of one eager decode step[/]", "", *lines, ""] if lines else []
 

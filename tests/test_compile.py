@@ -30,7 +30,7 @@ from _qwquanto.compiled.prepare import (
     prepare_compiled_decode,
 )
 from _qwquanto.compiled.step import draw_token, window_attention
-from _qwquanto.worker.quanto import mend_quanto
+from _qwquanto.worker.quanto import patch_quanto
 
 SIZE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -44,7 +44,7 @@ KINDS = {name: getattr(optimum.quanto, f"q{name}") for name in PRECISIONS[1:]}
 def fresh():
     """Nothing compiled before, and Quanto as the script mends it."""
     torch._dynamo.reset()
-    mend_quanto()
+    patch_quanto()
 
 
 def quantized(model, weights):

@@ -38,7 +38,7 @@ from _qwquanto.worker.generation import (
 )
 from _qwquanto.worker.loading import decode_weight_bytes, load_model, make_meta_model, weight_stats
 from _qwquanto.worker.measure import tokenize
-from _qwquanto.worker.quanto import leave_out_cudnn_attention, mend_quanto
+from _qwquanto.worker.quanto import leave_out_cudnn_attention, patch_quanto
 
 pytestmark = pytest.mark.gpu
 GPU = ["cuda:0"]
@@ -223,7 +223,7 @@ def test_energy(bench):
 
 def test_float8_keeps_its_biases():
     """Quanto's own CUDA kernel for float8 drops them; the script's choice of kernel must not."""
-    mend_quanto()
+    patch_quanto()
     torch.manual_seed(0)
     linear = torch.nn.Linear(2048, 256, dtype=torch.bfloat16, device="cuda:0")
     linear.bias.data.normal_(0, 3)
@@ -240,7 +240,7 @@ def test_float8_keeps_its_biases():
 @pytest.mark.parametrize("weights", PRECISIONS)
 def test_a_layer_to_compile_is_quantos(weights, dtype, device="cuda:0"):
     """One token through each kind of layer at Qwen2.5-3B's longest sum, and at an awkward count of rows."""
-    mend_quanto()
+    patch_quanto()
     for rows in (2048, 136 if weights == "int4" else 131):  # TinyGemm knows multiples of 8 alone
         torch.manual_seed(0)
         linear = torch.nn.Linear(11008, rows, dtype=dtype, device=device)

@@ -32,7 +32,7 @@ from _qwquanto.worker.loading import (
 )
 from _qwquanto.worker.measure import tokenize
 from _qwquanto.worker.quality import measure_quality
-from _qwquanto.worker.quanto import linear_layers, mend_quanto
+from _qwquanto.worker.quanto import linear_layers, patch_quanto
 
 
 def load(folder, weights):
@@ -120,7 +120,7 @@ def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
         raise AssertionError("a compiler was started")
 
     monkeypatch.setattr(extension, "load", build)
-    mend_quanto()
+    patch_quanto()
     packed = torch.randint(0, 256, (16, 8), dtype=torch.uint8)
     for bits in (2, 4):
         parts = [(packed // 2**shift) % 2**bits for shift in range(0, 8, bits)]
@@ -128,13 +128,13 @@ def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
 
 
 def test_upstream_float8_marlin_still_drops_the_bias():
-    """Once this fails, `mend_quanto` may leave "quanto_cuda" alone: Marlin adds the bias (its docstring)."""
+    """Once this fails, `patch_quanto` may leave "quanto_cuda" alone: Marlin adds the bias (its docstring)."""
     source = inspect.getsource(MarlinF8QBytesLinearFunction.forward)
     assert source.count("bias") == 1, "the bias is used now"
 
 
 def test_upstream_int2_still_builds_an_extension(monkeypatch):
-    """Once this fails, `mend_quanto` may leave `unpack` alone."""
+    """Once this fails, `patch_quanto` may leave `unpack` alone."""
 
     class Started(Exception):
         pass

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from _qwquanto.compiled.prepare import max_positions
 from _qwquanto.worker.loading import load_model, make_meta_model
-from _qwquanto.worker.quanto import MENDED, mend_quanto, modules_to_skip, quanto_defects
+from _qwquanto.worker.quanto import PATCHED, modules_to_skip, patch_quanto, quanto_defects
 
 PRECISIONS = ("float8", "int8", "int4", "int2")
 PROMPT, ANSWER = 10, 12  # tokens
@@ -67,8 +67,8 @@ def divergence(exact, model):
 
 
 def compare(folder, weights):
-    """Quanto's and mere rounding's distance from the exact answers, quantized layers, what was mended."""
-    MENDED.clear()  # of other models
+    """Quanto's and mere rounding's distance from the exact answers, quantized layers, what was patched."""
+    PATCHED.clear()  # of other models
     quantized = load(folder, weights)
     layers = sum(hasattr(getattr(m, "weight", None), "_qtype") for m in quantized.modules())
     exact, rounded = references(folder, quantized)
@@ -110,7 +110,7 @@ def error(layer, x):
 
 
 def quantized_linear(rows, columns, kind, dtype=torch.bfloat16):
-    mend_quanto()
+    patch_quanto()
     layer = torch.nn.Linear(columns, rows, bias=False, dtype=dtype)
     layer = optimum.quanto.QLinear.from_module(layer, weights=getattr(optimum.quanto, kind))
     layer.freeze()
@@ -136,7 +136,7 @@ def test_odd_shapes_are_right_and_so_are_activations_laid_out_oddly(kind, dtype)
 
 
 def test_float8_survives_a_row_of_zeros():
-    mend_quanto()
+    patch_quanto()
     layer = torch.nn.Linear(32, 4, bias=False)
     layer.weight.data[1] = 0
     layer = optimum.quanto.QLinear.from_module(layer, weights=optimum.quanto.qfloat8)
@@ -146,7 +146,7 @@ def test_float8_survives_a_row_of_zeros():
 
 
 def in_plain_python(code):
-    """(exit code, output) of code in a process of its own, in which nothing is mended."""
+    """(exit code, output) of code in a process of its own, in which nothing is patched."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
     )
@@ -174,7 +174,7 @@ def test_upstream_int8_still_fails_on_odd_shapes_and_addresses():
 
 
 def test_upstream_kernels_still_refuse_shapes_and_strides():
-    """Once this fails, `mend_quanto` may leave TinyGemm alone, or `int8_product` need not copy."""
+    """Once this fails, `patch_quanto` may leave TinyGemm alone, or `int8_product` need not copy."""
     pack, multiply = torch._convert_weight_to_int4pack_for_cpu, torch._weight_int4pack_mm_for_cpu
     with pytest.raises(RuntimeError, match="16"):
         pack(torch.zeros(8, 128, dtype=torch.int32), 2)
@@ -188,7 +188,7 @@ def test_upstream_kernels_still_refuse_shapes_and_strides():
 
 
 def test_upstream_float8_still_makes_nan_of_a_row_of_zeros():
-    """Once this fails, `mend_quanto` may leave AbsmaxOptimizer alone."""
+    """Once this fails, `patch_quanto` may leave AbsmaxOptimizer alone."""
     code = """
         import torch, optimum.quanto as o
         zeros = torch.zeros(2, 8)
@@ -224,8 +224,8 @@ def test_routers_that_inherit_from_linear_are_left_alone_and_nothing_else_is(tmp
         assert ("routers" in quanto_defects(model)) == bool(router)
 
 
-def test_the_report_hears_what_was_mended(tmp_path):
-    mend_quanto()
+def test_the_report_hears_what_was_patched(tmp_path):
+    patch_quanto()
     zoo.save_model("llama 200", tmp_path / "odd")
     zoo.save_model("llama", tmp_path / "even")
     zoo.save_model("mamba", tmp_path / "transposed")
@@ -239,7 +239,7 @@ def test_the_report_hears_what_was_mended(tmp_path):
 
 
 def test_quanto_as_shipped_is_left_as_shipped():
-    """In a process of its own: what `mend_quanto` changes cannot be taken back."""
+    """In a process of its own: what `patch_quanto` changes cannot be taken back."""
     code = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})

@@ -20,7 +20,7 @@ from _qwquanto.settings import BITS, PRECISIONS, Settings
 from _qwquanto.text import format_3g, gib
 from _qwquanto.worker.checkpoint import weight_names
 from _qwquanto.worker.devices import memory_of
-from _qwquanto.worker.quanto import linear_layers, mend_quanto, modules_to_skip, routers
+from _qwquanto.worker.quanto import linear_layers, modules_to_skip, patch_quanto, routers
 
 SMALLER = "ask for fewer tokens, or take a smaller model"
 ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
@@ -158,7 +158,7 @@ def load_model(s: Settings, folder: str | None, meta_model: Any, devices: list[s
     transformers.logging.disable_progress_bar()
     options = {"dtype": meta_model.dtype, "device_map": {"": devices[0]} if len(devices) == 1 else "auto"}
     if s.weights:
-        mend_quanto(s.quanto_kernels)
+        patch_quanto(s.quanto_kernels)
         skipped = modules_to_skip(meta_model)
         options["quantization_config"] = QuantoConfig(weights=s.weights, modules_to_not_convert=skipped)
     if s.random_weights:

@@ -18,7 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from _qwquanto.compiled.layers import is_linear, unpack
 
 INT4_ROWS = {"cpu": 16, "cuda": 8}  # TinyGemm, the 4-bit kernel, wants a number of rows divisible by this
-DEFECTS = {  # what was mended -> what Quanto as shipped does; "{}" layers
+UPSTREAM_DEFECTS = {  # what was patched -> what Quanto as shipped does; "{}" layers
     "int8 shape": "'s int8 can crash or answer wrongly on a CPU: some layers have no multiple of 16 inputs",
     "strides": "'s kernel stops or crashes: it does not take activations as they lie in this model",
     "int4 shape": "'s int4 cannot be loaded here: its kernel does not take the output size of {} layers",
@@ -27,10 +27,10 @@ DEFECTS = {  # what was mended -> what Quanto as shipped does; "{}" layers
     "bias": "'s float8 compiles a CUDA extension, which then leaves out the bias of up to {} layers",
     "routers": " makes plain linear layers of {} layers that do more",
 }
-MENDED: set[str] = set()  # those of DEFECTS that were met so far
+PATCHED: set[str] = set()  # those of DEFECTS that were met so far
 
 
-def mend_quanto(leave_kernels: bool = False) -> None:
+def patch_quanto(leave_kernels: bool = False) -> None:
     """Keep Quanto from building extensions, losing biases and crashing: optimum-quanto 0.2.7, torch 2.13.0.
 
     - tensor/weights/marlin/fp8/qbits.py:30: the float8 Marlin kernel never adds its bias; without
@@ -61,13 +61,13 @@ def mend_quanto(leave_kernels: bool = False) -> None:
 
     def multiply_contiguous(ctx, x, weight, bias):
         if not x.is_contiguous():
-            MENDED.add("strides")
+            PATCHED.add("strides")
         return multiply(ctx, x.contiguous(), weight, bias)
 
     def scale_above_zero(self, base, qtype, axis=None):
         scale = find_scale(self, base, qtype, axis)
         if qtype.is_floating_point and (scale == 0).any():
-            MENDED.add("zeros")
+            PATCHED.add("zeros")
         return scale.masked_fill_(scale == 0, 1)
 
     WeightQBitsTensor.create = staticmethod(create_if_it_fits)
@@ -96,10 +96,10 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
     remainder, by loads that want multiples of 32 bytes as addresses: elsewhere it crashes or answers garbage.
     """
     if x.shape[-1] % 16:
-        MENDED.add("int8 shape")
+        PATCHED.add("int8 shape")
         return qbytes_mm.qbytes_mm(x, weight, scale)
     if not x.is_contiguous() or x.data_ptr() % 32:
-        MENDED.add("strides")
+        PATCHED.add("strides")
         x = x.clone(memory_format=torch.contiguous_format)
     return qbytes_mm.shipped(x, weight, scale)
 
@@ -125,7 +125,7 @@ def quanto_defects(model: Any) -> dict[str, str]:
 
     The number of layers stands where the model tells it.
     """
-    layers = Counter(sorted(MENDED))  # that these were met, not how often
+    layers = Counter(sorted(PATCHED))  # that these were met, not how often
     layers["routers"] = len(routers(model))
     for module in linear_layers(model):
         weight = module.weight.data
@@ -137,7 +137,9 @@ def quanto_defects(model: Any) -> dict[str, str]:
                 layers["int4 shape"] += 1
         elif hasattr(weight, "_qtype") and weight._qtype.is_floating_point and weight.is_cuda:
             layers["bias"] += module.bias is not None and rows % 64 == columns % 64 == 0
-    return {n: f"as shipped, Quanto{DEFECTS[n].format(count)}" for n, count in layers.items() if count}
+    return {
+        n: f"as shipped, Quanto{UPSTREAM_DEFECTS[n].format(count)}" for n, count in layers.items() if count
+    }
 
 
 def linear_layers(model: Any) -> list[torch.nn.Module]:
