@@ -12,6 +12,7 @@ from _qwquanto.settings import SHORT_DTYPES, Settings
 from _qwquanto.stats import (
     KL_BROKEN,
     KL_KEPT,
+    answer_quality,
     decode_rate,
     deviation,
     gpu_share,
@@ -21,7 +22,6 @@ from _qwquanto.stats import (
     peak_bytes,
     percentile,
     saving,
-    verdict,
 )
 from _qwquanto.text import format_3g, gib, kl_text, percent, plural, plus_minus, rate_text, spread_text
 from _qwquanto.verdicts import (
@@ -243,7 +243,7 @@ def comparison_quality(results: list[Result]) -> list[Any]:
     colours = {"kept": "green", "changed": "yellow", "broken": "bold red", "reference": "dim", "–": "dim"}
     rows, positions = [], max((r.quality.positions for r in results if r.quality), default=0)
     for r in results:
-        q, said = r.quality, "reference" if r.is_reference else verdict(r)
+        q, said = r.quality, "reference" if r.is_reference else answer_quality(r)
         share = f"{q.same_top_token * 100:.0f} ({q.low * 100:.0f}–{q.high * 100:.0f})" if q else "–"
         answers = f"[{colours.get(said, 'yellow')}]{said}[/]"
         rows.append([row_label(r), kl_text(q), format_3g(q and q.kl_p99), share, answers])

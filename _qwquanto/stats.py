@@ -105,7 +105,7 @@ def is_about_one(interval: tuple[float, float] | None) -> bool:
     return interval is not None and 1 / ABOUT <= interval[0] <= 1 <= interval[1] <= ABOUT
 
 
-def judge(interval: tuple[float, float] | None, limit: float) -> str:
+def meets(interval: tuple[float, float] | None, limit: float) -> str:
     """Whether a figure of this interval is at least `limit`: met, not met or too close to call."""
     if interval is None or interval[0] < limit <= interval[1]:
         return "too close to call"
@@ -117,7 +117,7 @@ def kl_interval(q: Quality) -> tuple[float, float]:
     return max(0.0, q.kl_divergence - half), q.kl_divergence + half
 
 
-def verdict(r: Result) -> str:
+def answer_quality(r: Result) -> str:
     """The answers: kept, changed or broken, with "or" where KL's interval holds a limit; – if unknown."""
     if r.quality is None or r.quality.kl_standard_error is None:
         return "–"

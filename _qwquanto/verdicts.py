@@ -11,21 +11,21 @@ from _qwquanto.stats import (
     KL_KEPT,
     MIN_RATE_TOKENS,
     UNSTABLE,
+    answer_quality,
     coefficient_of_variation,
     decode_rate,
     gpu_share,
     is_about_one,
     is_float32,
     is_warming_up,
-    judge,
     kl_interval,
+    meets,
     pace,
     peak_bytes,
     rates_over_shared_prefix,
     saving,
     slows_with_context,
     speed_interval,
-    verdict,
 )
 from _qwquanto.text import format_3g, gib, kl_text, percent, plural, span_of
 
@@ -42,7 +42,7 @@ def grave_warnings(r: Result) -> list[str]:
         found.append("NOTHING WAS QUANTIZED: Quanto knows none of the layers; all is as stored.")
     if s.quanto_kernels and "bias" in r.defects:
         found.append(f"RUNS AS SHIPPED: {r.defects['bias'].removeprefix('as shipped, ')}.")
-    if verdict(r) == "broken":
+    if answer_quality(r) == "broken":
         found.append(f"BREAKS THIS MODEL (KL {format_3g(q.kl_divergence)} nats): do not use it.")
     own = r.compiled and r.compiled.quality
     least = kl_interval(q)[1] if q else 0
@@ -149,19 +149,19 @@ def expectations(results: list[Result]) -> list[Expectation]:
                 ", and widens 8-bit weights on every call." if on_cuda else ", which small models feel most."
             )
             found.append(
-                Expectation("at least 90 % of the 16-bit speed", "int8", measured, judge(interval, 0.9), why)
+                Expectation("at least 90 % of the 16-bit speed", "int8", measured, meets(interval, 0.9), why)
             )
     for r in results:
         if r.quality and r.settings.weights:
             low, high = kl_interval(r.quality)
-            said = judge((-high, -low), -KL_KEPT)
+            said = meets((-high, -low), -KL_KEPT)
             found.append(Expectation("answers very close", r.label, f"KL {kl_text(r.quality)}", said))
     if int8 and int8.torch_compile_graphs is not None:
         found.append(expected_torch_compile(int8))
     both = [r.quality for r in (float8, int8) if r and r.quality]
     if len(both) == 2 and both[0].reference == both[1].reference:
         (low, high), (least, most) = map(kl_interval, both)
-        said = judge((least - high, most - low), 0)
+        said = meets((least - high, most - low), 0)
         measured = f"KL {kl_text(both[0])} against {kl_text(both[1])}"
         found.append(Expectation("more exact than int8", "float8", measured, said))
     if int8 and int4 and int8.weight_bytes and int4.weight_bytes:
@@ -207,7 +207,7 @@ def recommendation(results: list[Result]) -> list[str]:
     Only what was measured to its end is recommended.
     """
     done = [r for r in results if r.eager_complete and r.weight_bytes and decode_rate(r.runs)]
-    kept = [r for r in done if verdict(r) == "kept"]
+    kept = [r for r in done if answer_quality(r) == "kept"]
     if not done:
         return []
     lines = []
@@ -232,9 +232,9 @@ def recommendation(results: list[Result]) -> list[str]:
         line += f", possibly as fast: {', '.join(unsure)}" if unsure else ""
         smallest = min(done, key=lambda r: r.weight_bytes)
         lines.append(f"{line}. Smallest: {smallest.label} ({gib(smallest.weight_bytes)} GiB).")
-    for said in dict.fromkeys(verdict(r) for r in done):
+    for said in dict.fromkeys(answer_quality(r) for r in done):
         if said not in ("kept", "–"):
-            lines[-1] += f" Answers {said}: {', '.join(r.label for r in done if verdict(r) == said)}."
+            lines[-1] += f" Answers {said}: {', '.join(r.label for r in done if answer_quality(r) == said)}."
     unsteady = [r.label for r in done if (coefficient_of_variation(r.runs) or 0) > UNSTABLE]
     if unsteady:
         lines.append(f"[bold yellow]Unsteady: the speed of {', '.join(unsteady)}, see below.[/]")

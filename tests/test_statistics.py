@@ -18,8 +18,8 @@ from _qwquanto.stats import (
     gpu_share,
     is_warming_up,
     joules_per_token,
-    judge,
     median,
+    meets,
     pace,
     peak_bytes,
     percentile,
@@ -152,11 +152,11 @@ def test_utilization_of_devices_that_work_one_after_the_other():
     ],
 )
 def test_judged_by_the_interval_not_its_middle(interval, verdict):
-    assert judge(interval, 0.9) == verdict
+    assert meets(interval, 0.9) == verdict
 
 
 @pytest.mark.parametrize(
-    ("kl", "error", "verdict", "very_close"),
+    ("kl", "error", "kept", "very_close"),
     [
         *[(0.05, 0, "kept", "met"), (0.04, 0.001, "kept", "met"), (0.01, None, "–", "too close to call")],
         *[(0.051, 0, "changed", "not met"), (0.5, 0, "changed", "not met"), (0.501, 0, "broken", "not met")],
@@ -165,9 +165,9 @@ def test_judged_by_the_interval_not_its_middle(interval, verdict):
         (0.3, 0.2, "kept or broken", "too close to call"),
     ],
 )
-def test_answers_are_judged_by_the_interval_of_kl(kl, error, verdict, very_close):
+def test_answers_are_judged_by_the_interval_of_kl(kl, error, kept, very_close):
     r = result("int8", quality=quality(kl, error))
-    assert stats.verdict(r) == verdict
+    assert stats.answer_quality(r) == kept
     assert [e.verdict for e in expectations([r]) if e.expected == "answers very close"] == [very_close]
 
 
