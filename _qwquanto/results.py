@@ -105,7 +105,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     failure: str | None = None
     unavailable: bool = False  # the failure: this machine lacks something that it needs
-    concerns_all: bool = False  # the failure is the model's or the device's, whatever the precision
+    ends_comparison: bool = False  # the failure is the model's or the device's, whatever the precision
     eager_complete: bool = False  # the eager model was measured to its end, so that it can be recommended
     complete: bool = False
 

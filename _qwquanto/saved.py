@@ -11,7 +11,7 @@ from _qwquanto.channel import Failure
 from _qwquanto.console import escape, render, save_report, table
 from _qwquanto.report import alerts, hardware, report, row_label
 from _qwquanto.results import Benchmark, Result, Run, from_json
-from _qwquanto.stats import distortion, is_about_one, kl_interval, peak_bytes, ratio_interval
+from _qwquanto.stats import bandwidth_ratio, is_about_one, kl_interval, peak_bytes, ratio_interval
 from _qwquanto.text import format_3g, gib, kl_text, plural, rate_text
 
 
@@ -25,12 +25,12 @@ def file_facts(benchmark: Benchmark) -> dict[str, Any]:
     return known | first.environment | settings
 
 
-def against(r: Result, base: Result) -> list[str]:
+def compare_with(r: Result, base: Result) -> list[str]:
     """How a saved result stands to another one: speed, the compiled step's speed, peak of memory and KL.
 
     Bandwidths widen the interval of speeds on one machine alone: between two, they are the difference.
     """
-    widened = distortion(r, base) if hardware(r)[:1] == hardware(base)[:1] else 1.0
+    widened = bandwidth_ratio(r, base) if hardware(r)[:1] == hardware(base)[:1] else 1.0
 
     def speed(runs: list[Run], base_runs: list[Run]) -> str:
         if not (ratio := ratio_interval(runs, base_runs, widened)):
@@ -72,7 +72,7 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
             sizes = [gib(r.weight_bytes), gib(peak_bytes(r)[0])]
             base = first.get(r.name, other)
             rows.append([f"{name} {row_label(r)}", *rates, *sizes, kl_text(r.quality)])
-            changes += [[f"{name} {r.label}", *against(r, base)]] if r is not base else []
+            changes += [[f"{name} {r.label}", *compare_with(r, base)]] if r is not base else []
     columns = ("result", "decode tok/s", "compiled", "weights", "peak", "KL nats")
     parts = table("Decode eager and compiled, memory in GiB, answers", columns, rows)
     if changes:

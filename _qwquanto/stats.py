@@ -13,7 +13,7 @@ KL_KEPT, KL_BROKEN = 0.05, 0.5  # nats: up to the first answers are kept, above 
 MIN_RATE_TOKENS = 32  # of a run whose rate counts for a spread
 LONG_ANSWER_TOKENS = 200  # of a run that shows a pace
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
-ABOUT = 1.2  # times as fast, or as slow, that still counts as about the same speed
+SAME_SPEED_RATIO = 1.2  # times as fast, or as slow, that still counts as about the same speed
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -71,10 +71,12 @@ def coefficient_of_variation(runs: list[Run]) -> float | None:
     return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
 
 
-def ratio_interval(runs: list[Run], base: list[Run], distortion: float = 1.0) -> tuple[float, float] | None:
+def ratio_interval(
+    runs: list[Run], base: list[Run], bandwidth_ratio: float = 1.0
+) -> tuple[float, float] | None:
     """The 95 % interval of the ratio of two decode rates (Welch 1947, on logarithms); None for too few runs.
 
-    `distortion` is the ratio of the two processes' memory bandwidths: it may be in the figures or not, so the
+    `bandwidth_ratio` is the ratio of the two processes' memory bandwidths: it may be in the figures or not, so the
     interval is widened by it.
     """
     logs = [[math.log(rate) for rate in group] for group in rates_over_shared_prefix(runs, base)]
@@ -85,10 +87,12 @@ def ratio_interval(runs: list[Run], base: list[Run], distortion: float = 1.0) ->
     error = sum(errors)
     freedom = error**2 / sum(e**2 / (len(g) - 1) for e, g in zip(errors, logs, strict=True)) if error else 1
     half = student_t(freedom) * math.sqrt(error)
-    return math.exp(center - half) * min(1, 1 / distortion), math.exp(center + half) * max(1, 1 / distortion)
+    return math.exp(center - half) * min(1, 1 / bandwidth_ratio), math.exp(center + half) * max(
+        1, 1 / bandwidth_ratio
+    )
 
 
-def distortion(r: Result, base: Result) -> float:
+def bandwidth_ratio(r: Result, base: Result) -> float:
     """Ratio of the memory bandwidths that two processes measured, at the device where they differ most."""
     ours, theirs = r.memory_bytes_per_s, base.memory_bytes_per_s
     ratios = [ours[device] / theirs[device] for device in ours if device in theirs]
@@ -97,12 +101,14 @@ def distortion(r: Result, base: Result) -> float:
 
 def speed_interval(r: Result, base: Result) -> tuple[float, float] | None:
     """The 95 % interval of r's eager decode rate over base's; None where it is unknown."""
-    return ratio_interval(r.runs, base.runs, distortion(r, base)) if r.devices == base.devices else None
+    return ratio_interval(r.runs, base.runs, bandwidth_ratio(r, base)) if r.devices == base.devices else None
 
 
 def is_about_one(interval: tuple[float, float] | None) -> bool:
     """Whether a ratio's interval holds 1 and is narrow enough to say so; a wide one says nothing."""
-    return interval is not None and 1 / ABOUT <= interval[0] <= 1 <= interval[1] <= ABOUT
+    return (
+        interval is not None and 1 / SAME_SPEED_RATIO <= interval[0] <= 1 <= interval[1] <= SAME_SPEED_RATIO
+    )
 
 
 def meets(interval: tuple[float, float] | None, limit: float) -> str:

@@ -26,7 +26,7 @@ from _qwquanto.settings import PRECISIONS, Settings
 from _qwquanto.text import duration, plural
 
 NO_NUMBER = "A figure was no number (NaN or infinite): it counts as unknown, and so does what it belongs to."
-EXIT_S = 10  # for a worker to end by itself once it has measured everything
+EXIT_GRACE_S = 10  # for a worker to end by itself once it has measured everything
 
 # The package is found last, and the user's folder not at all (-P): no file of theirs hides a library's.
 START = f"import sys; sys.path.append({str(Path(__file__).parent.parent)!r}); "
@@ -111,7 +111,7 @@ def follow(
         except queue.Empty:
             silent = time.monotonic() - heard
             ended = result.complete or result.failure
-            if ended and silent > EXIT_S:
+            if ended and silent > EXIT_GRACE_S:
                 return result, None
             if not ended and limit is not None and silent > limit:
                 return result, f'said nothing for {duration(limit)} after "{step}", and was ended'
@@ -157,7 +157,7 @@ def run_worker(
         result, failure = follow(lines, Result(s), view, save)
         if not (failure or result.complete or result.failure):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(EXIT_S)
+                process.wait(EXIT_GRACE_S)
         kill_group(process)
         code = process.wait()
         stop.process = None
@@ -226,7 +226,7 @@ def measure_each(
             mine = dataclasses.replace(s, weights=None if name == "none" else name)
             result = run_worker(mine, reference, view, save, stop, debug, folder)
             folder = folder or result.folder
-            if stop.seen or result.concerns_all:
+            if stop.seen or result.ends_comparison:
                 return
 
 

@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
     return f"{max(1, seconds):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def span_of(interval: tuple[float, float] | None, form: Callable[[float], str]) -> str:
+def interval_text(interval: tuple[float, float] | None, form: Callable[[float], str]) -> str:
     """The ends of a ratio's interval behind a figure; none where the runs differ too much to say anything."""
     if not interval or interval[1] > 10 * interval[0]:
         return ""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from _qwquanto.results import Result, Run
 from _qwquanto.stats import (
-    ABOUT,
     KL_KEPT,
     MIN_RATE_TOKENS,
+    SAME_SPEED_RATIO,
     UNSTABLE,
     answer_quality,
     coefficient_of_variation,
@@ -27,7 +27,7 @@ from _qwquanto.stats import (
     slows_with_context,
     speed_interval,
 )
-from _qwquanto.text import format_3g, gib, kl_text, percent, plural, span_of
+from _qwquanto.text import format_3g, gib, interval_text, kl_text, percent, plural
 
 MIN_POSITIONS = 100  # of a KL: llama-perplexity prints no statistics on fewer
 PLANNING = 1.2  # times the time of a token that a new context length must cost to be told
@@ -142,7 +142,7 @@ def expectations(results: list[Result]) -> list[Expectation]:
         if base and base.devices == int8.devices and decode_rate(base.runs) and decode_rate(int8.runs):
             interval = speed_interval(int8, base)
             ratio = percent(decode_rate(int8.runs) / decode_rate(base.runs))
-            measured = f"{ratio} %{span_of(interval, percent)}, both eager"
+            measured = f"{ratio} %{interval_text(interval, percent)}, both eager"
             why = "Speed: eager Quanto calls Python for every layer"
             on_cuda = int8.devices[0].startswith("cuda")
             why += (
@@ -255,7 +255,11 @@ def recommended(kept: list[Result], base: Result | None) -> str:
         if best.prefill_tokens_per_s and base.prefill_tokens_per_s:
             slower = base.prefill_tokens_per_s / best.prefill_tokens_per_s
             link = "but" if rate > decode_rate(base.runs) else "and"
-            line += f" ({link} prompts are read {format_3g(slower)} times slower)" if slower > ABOUT else ""
+            line += (
+                f" ({link} prompts are read {format_3g(slower)} times slower)"
+                if slower > SAME_SPEED_RATIO
+                else ""
+            )
     if best.compiled and decode_rate(best.compiled.runs):
         line += f"; in this script's compiled step: {format_3g(decode_rate(best.compiled.runs))} tokens/s"
     return line + "."

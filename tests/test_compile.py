@@ -23,7 +23,7 @@ from _qwquanto.compiled.layers import (
     swap_layers,
 )
 from _qwquanto.compiled.prepare import (
-    OWN_STEP,
+    SCRIPT_STEP,
     STATIC_CACHE,
     compile_decode,
     graphs_compiled,
@@ -113,14 +113,14 @@ def compile_and_compare(model, length=20, max_tokens=64, reference=None):
 def test_compiled_logits_are_quantos(tiny, weights):
     """Four graphs, of layers, norm, positions and output, serve all layers and windows."""
     done = compile_and_compare(trained(tiny, weights), *((270, 300) if weights == "int8" else (20, 64)))
-    assert (done.way, done.graphs) == (OWN_STEP, 4)
+    assert (done.way, done.graphs) == (SCRIPT_STEP, 4)
 
 
 def test_int4_on_a_cpu_keeps_tinygemms_tensors():
     """Layers of more than 128 inputs, and a multiple of 16 outputs."""
     model = random_model("llama", "int4", hidden_size=256, intermediate_size=512)
     assert isinstance(dequant_linear(model.model.layers[0].mlp.up_proj), TinyGemmLinear)
-    assert compile_and_compare(model).way == OWN_STEP
+    assert compile_and_compare(model).way == SCRIPT_STEP
 
 
 WINDOWS = {"sliding_window": 16, "num_hidden_layers": 3}

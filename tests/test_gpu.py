@@ -24,7 +24,7 @@ from results import settings
 
 from _qwquanto.compiled.layers import dequant_linear
 from _qwquanto.compiled.ops import flash_decode
-from _qwquanto.compiled.prepare import OWN_STEP, graphs_compiled, prepare_compiled_decode
+from _qwquanto.compiled.prepare import SCRIPT_STEP, graphs_compiled, prepare_compiled_decode
 from _qwquanto.settings import PRECISIONS
 from _qwquanto.stats import joules_per_token
 from _qwquanto.worker.devices import memory_bandwidth, nvml_handles, peak_memory, snapshot
@@ -305,7 +305,7 @@ def test_compiled_logits_are_quantos(tiny, weights):
     clear = top[:, 0] - top[:, 1] > 0.03 * top[:, 0].abs()  # several times the rounding of bfloat16
     error = ((found - eager).norm() / eager.norm()).item()
     print(f"| compiled {weights}: 1 + relative error of the logits | {1 + error:.4f} | 1 | |", flush=True)
-    assert compiled.way == OWN_STEP and compiled.graphs == 4 and graphs_compiled() == graphs
+    assert compiled.way == SCRIPT_STEP and compiled.graphs == 4 and graphs_compiled() == graphs
     assert clear.any() and (found.argmax(-1) == eager.argmax(-1))[clear].all() and error < 0.02
     # the next step is under way when an end token is found: it leaves no trace
     whole = {"max_new_tokens": 30, "pad_token_id": 0, "do_sample": False} | compiled.options

@@ -12,7 +12,7 @@ from transformers import Qwen2Config
 
 import qwquanto
 from _qwquanto.channel import CHANNEL, SILENCE_S, Failure, step
-from _qwquanto.compiled.prepare import OWN_STEP, CompiledDecode
+from _qwquanto.compiled.prepare import SCRIPT_STEP, CompiledDecode
 from _qwquanto.results import Benchmark, Result, from_json, write_results
 from _qwquanto.stats import joules_per_token, utilization
 from _qwquanto.worker import generation, measure
@@ -131,7 +131,7 @@ def test_short_warm_up_runs_are_repeated(time):
 def test_the_compiled_steps_warm_up_stands_beside_the_eager_one(time, monkeypatch):
     mine = bench(FakeModel(time, [1] * 4), warmup_runs=3, compile=True)
     r = Result(mine.settings, warmup=[run_of(9)], runs=[run_of(9)])
-    monkeypatch.setattr(measure, "prepare_compiled_decode", lambda *_: CompiledDecode(OWN_STEP, 3, {}))
+    monkeypatch.setattr(measure, "prepare_compiled_decode", lambda *_: CompiledDecode(SCRIPT_STEP, 3, {}))
     monkeypatch.setattr(measure, "timed_runs", lambda *_: None)
     measure_compiled(mine, r, None)
     assert r.warmup == r.runs == [run_of(9)] and len(r.compiled.warmup) == 3

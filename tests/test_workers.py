@@ -187,7 +187,7 @@ def test_every_way_a_worker_can_end(script, tiny, tmp_path):
     running = '        with step("running the model"):\n            result.warmup'
     copy = edited(
         tmp_path, BANDWIDTH, (RUN, in_second_run + RUN), (loading, loading + fails),
-        (running, running.replace('model"', 'model", timeout_s=6')), ("EXIT_S = 10 ", "EXIT_S = 2 "),
+        (running, running.replace('model"', 'model", timeout_s=6')), ("EXIT_GRACE_S = 10 ", "EXIT_GRACE_S = 2 "),
         # hangs at exit, complete (int4) or failed (float8)
         (MEASURED, MEASURED + "    __import__('time').sleep(3600)\n"),
     )  # fmt: skip
@@ -215,7 +215,10 @@ def test_a_complete_result_is_complete_though_its_process_hangs(script, tiny, tm
     """And a later write makes up for one that failed: nothing is said of it then."""
     write = "    temporary = target.with_name("
     fails = "    if not benchmark.results[0].runs:\n        raise OSError(28, 'No space left on device')\n"
-    hangs = (MEASURED, MEASURED + "    __import__('time').sleep(3600)\n"), ("EXIT_S = 10 ", "EXIT_S = 2 ")
+    hangs = (
+        (MEASURED, MEASURED + "    __import__('time').sleep(3600)\n"),
+        ("EXIT_GRACE_S = 10 ", "EXIT_GRACE_S = 2 "),
+    )
     copy = edited(tmp_path, BANDWIDTH, (write, fails + write), *hangs)
     ended = script(path=copy, model_name=tiny, question=QUESTION, max_length=40, runs=1)
     assert ended.code == 0 and ended.results[0]["complete"]

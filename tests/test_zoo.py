@@ -221,7 +221,7 @@ def test_routers_that_inherit_from_linear_are_left_alone_and_nothing_else_is(tmp
             if isinstance(m, torch.nn.Linear) and not hasattr(m.weight, "_qtype")
         }
         assert {n.split(".", 3)[-1] for n in plain} == ({router, "lm_head"} if router else {"lm_head"}), name
-        assert ("routers" in quanto_defects(model)) == bool(router)
+        assert ("subclasses" in quanto_defects(model)) == bool(router)
 
 
 def test_the_report_hears_what_was_patched(tmp_path):

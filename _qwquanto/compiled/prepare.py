@@ -24,7 +24,7 @@ def max_positions(config: transformers.PreTrainedConfig) -> float:
 
 
 NOT_COMPILED, LEAVE_OUT = "transformers does not compile this model", "leave --compile out"
-OWN_STEP = "this script's compiled decode step"
+SCRIPT_STEP = "this script's compiled decode step"
 STATIC_CACHE = "compiled with transformers' static cache"
 
 
@@ -72,7 +72,7 @@ def check_compilable(model: Any, max_tokens: int) -> None:
         )
 
 
-def begin_with(model: Any, cache: StaticCache, max_tokens: int) -> None:
+def guard_generate(model: Any, cache: StaticCache, max_tokens: int) -> None:
     """Have every generate() begin with an empty cache, and refuse what was not compiled."""
     prepare = model._prepare_cache_for_generation
 
@@ -141,18 +141,18 @@ def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
         options = INDUCTOR_OPTIONS | {"triton.cudagraphs": model.device.type == "cuda"}
         compiled = torch.compile(model.__call__, options=options)
         model.get_compiled_call = lambda config: compiled
-    begin_with(model, cache, max_tokens)
+    guard_generate(model, cache, max_tokens)
     options = {"past_key_values": cache, "compile_config": transformers.CompileConfig()}
     options["compile_config"]._compile_all_devices = True  # generation/utils.py, _valid_auto_compile_criteria
     ids = torch.full((1, 4), 2, device=model.device)
     model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
     if graphs_compiled() == before:
         raise Failure(f"torch.compile compiled nothing of this model: {LEAVE_OUT}")
-    if step and not step.agrees():  # a difference between two layers that `signature` does not see
+    if step and not step.agrees():  # a difference between two layers that `region_key` does not see
         raise Failure(f"compiled, this model answers otherwise: {LEAVE_OUT}")
     if step and model.device.type == "cuda":
         step.capture_graphs()
-    return CompiledDecode(OWN_STEP if step else STATIC_CACHE, graphs_compiled() - before, options)
+    return CompiledDecode(SCRIPT_STEP if step else STATIC_CACHE, graphs_compiled() - before, options)
 
 
 def compile_decode(model: Any, max_tokens: int) -> dict[str, Any]:

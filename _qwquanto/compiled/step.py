@@ -91,7 +91,7 @@ def run_region(region: torch.nn.Module, *args: Any, **inputs: Any) -> Any:
     return type(region).forward(region, *args, **inputs)
 
 
-def signature(region: torch.nn.Module) -> str:
+def region_key(region: torch.nn.Module) -> str:
     """Equal for modules that do the same with other tensors: all but their numbers and place in the model."""
     kinds = bool, int, float, str, slice, tuple, list, dict, type(None), torch.dtype, types.FunctionType
     found = []
@@ -133,7 +133,7 @@ class DecodeStep:
     def __init__(self, model: Any, max_tokens: int) -> None:
         self.model = model
         self.graphs = {}
-        self.own_attention = model.config._attn_implementation
+        self.original_attention = model.config._attn_implementation
         sizes = range(WINDOW, max_tokens + WINDOW, WINDOW)
         self.places = torch.arange(sizes[-1], device=model.device)
         self.windows = {size: self.places[:size].clone() for size in sizes}
@@ -168,7 +168,7 @@ class DecodeStep:
             for start in (vocabulary // 2, vocabulary // 3, vocabulary // 5, 2):
                 ids = torch.arange(start, start + 9, device=device)[None]
                 prompt, mask = ids[:, :-1], self.prompt_mask(ids[:, :-1, None])
-                config._attn_implementation = self.own_attention
+                config._attn_implementation = self.original_attention
                 wanted = self.model(ids, use_cache=False).logits[0, -2:].float()
                 config._attn_implementation = "qwquanto"
                 first = self.model(prompt, attention_mask=mask, past_key_values=self.cache, use_cache=True)
@@ -180,7 +180,7 @@ class DecodeStep:
                     return True
         except (Failure, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             pass  # the model asks its attention for something that this one does not know
-        config._attn_implementation = self.own_attention
+        config._attn_implementation = self.original_attention
         return False
 
     def compile(self) -> None:
@@ -197,7 +197,7 @@ class DecodeStep:
         options["guard_filter_fn"] = lambda guards: [guard.guard_type == "SHAPE_ENV" for guard in guards]
         compiled: dict[str, Callable] = {}
         for region, cache in self.regions:
-            key = signature(region)
+            key = region_key(region)
             if key not in compiled:
                 # code of its own: Dynamo files graphs under the code, and no guard tells two regions apart
                 code = run_region.__code__.replace(co_name=f"region_{id(self)}_{len(compiled)}")

@@ -20,7 +20,7 @@ from _qwquanto.settings import Settings
 from _qwquanto.stats import median, utilization
 from _qwquanto.text import duration, format_3g, plural
 from _qwquanto.worker.devices import energy_j, peak_memory, synchronize
-from _qwquanto.worker.loading import SMALLER
+from _qwquanto.worker.loading import NO_FIT_ADVICE
 
 # A warm-up run lasts until it has reached both, and all of them so long: a GPU machine is slow at first.
 WARMUP_TOKENS, WARMUP_S = 16, 5
@@ -36,7 +36,7 @@ class Bench:
     settings: Settings
     devices: list[str] = field(default_factory=lambda: ["cpu"])
     handles: dict[str, Any] = field(default_factory=dict)  # device -> NVML's
-    advice: str = SMALLER  # for a lack of memory
+    advice: str = NO_FIT_ADVICE  # for a lack of memory
     model: Any = None
     tokenizer: Any = None
     prompt: Any = None  # token ids, shape [1, prompt tokens]

@@ -20,9 +20,9 @@ from _qwquanto.settings import BITS, PRECISIONS, Settings
 from _qwquanto.text import format_3g, gib
 from _qwquanto.worker.checkpoint import weight_names
 from _qwquanto.worker.devices import memory_of
-from _qwquanto.worker.quanto import linear_layers, modules_to_skip, patch_quanto, routers
+from _qwquanto.worker.quanto import linear_layers, linear_subclasses, modules_to_skip, patch_quanto
 
-SMALLER = "ask for fewer tokens, or take a smaller model"
+NO_FIT_ADVICE = "ask for fewer tokens, or take a smaller model"
 ACTIVATION_SCALES = ("input_scale", "output_scale")  # of a Quanto layer; activations are not quantized here
 QWEN2_5_3B = {  # config.json of Qwen/Qwen2.5-3B, so that --random-weights needs no network
     "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -140,7 +140,7 @@ def place_model(
     sizes = {} if stored else {p: expected_bytes(meta_model, p) for p in PRECISIONS}
     fits = [f"{p} ({gib(size)} GiB)" for p, size in sizes.items() if size * 1.1 < free and size < needed]
     free_here = f"{gib(free)} GiB free on {', '.join(devices)}"
-    advice = f"{free_here}; " + (f"would fit: {', '.join(fits)}" if fits else SMALLER)
+    advice = f"{free_here}; " + (f"would fit: {', '.join(fits)}" if fits else NO_FIT_ADVICE)
     size = format_3g(sum(p.numel() for p in meta_model.parameters()), 1e9)
     expected = f"{gib(needed)} GiB of weights expected (up to {gib(peak)} while loading)"
     tried = ": tried all the same" if peak > free else ""
@@ -196,7 +196,7 @@ def weight_stats(model: Any, devices: list[str]) -> dict[str, Any]:
         "quantizable_bytes": unquantized(linear),
         "quantized_layers": len(quantized),
         "linear_layers": len(linear) + hasattr(model.get_output_embeddings(), "weight"),
-        "skipped_layers": len(routers(model)) if quantized else 0,
+        "skipped_layers": len(linear_subclasses(model)) if quantized else 0,
         "weight_types": dict(Counter(type(weight).__name__ for weight in quantized)),
     }
 

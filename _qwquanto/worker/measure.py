@@ -77,7 +77,7 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
     A Result that names the folder already has it from a worker before.
     """
     s = bench.settings
-    result.concerns_all = True
+    result.ends_comparison = True
     with step("looking for a device"):
         bench.devices, notes = choose_devices(s.device)
         result.devices = bench.devices
@@ -93,7 +93,7 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
     with step("reading the model's configuration"):
         meta_model = make_meta_model(s, folder)
         bench.prompt = tokenize(s, bench.tokenizer, meta_model.config)
-        result.concerns_all = False
+        result.ends_comparison = False
         bench.devices, bench.advice = place_model(s, bench.devices, meta_model, stored)
         bench.handles, notes = nvml_handles(bench.devices)
         result.devices = bench.devices

@@ -25,7 +25,7 @@ UPSTREAM_DEFECTS = {  # what was patched -> what Quanto as shipped does; "{}" la
     "zeros": "'s float8 answers NaN: some layers have a row of zeros",
     "extension": " compiles a C++ extension before the first answer",
     "bias": "'s float8 compiles a CUDA extension, which then leaves out the bias of up to {} layers",
-    "routers": " makes plain linear layers of {} layers that do more",
+    "subclasses": " makes plain linear layers of {} layers that do more",
 }
 PATCHED: set[str] = set()  # those of DEFECTS that were met so far
 
@@ -104,7 +104,7 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
     return qbytes_mm.shipped(x, weight, scale)
 
 
-def routers(model: Any) -> list[str]:
+def linear_subclasses(model: Any) -> list[str]:
     """Names of the layers that inherit from nn.Linear and do more."""
     return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not is_linear(m)]
 
@@ -117,7 +117,9 @@ def modules_to_skip(model: Any) -> list[str]:
     regular expressions, up to 5.17 of any prefix (quantizers/quantizers_utils.py, should_convert_module):
     hence the mark of the end.
     """
-    return sorted(get_keys_to_not_convert(model)) + [f"{re.escape(name)}$" for name in routers(model)]
+    return sorted(get_keys_to_not_convert(model)) + [
+        f"{re.escape(name)}$" for name in linear_subclasses(model)
+    ]
 
 
 def quanto_defects(model: Any) -> dict[str, str]:
@@ -126,7 +128,7 @@ def quanto_defects(model: Any) -> dict[str, str]:
     The number of layers stands where the model tells it.
     """
     layers = Counter(sorted(PATCHED))  # that these were met, not how often
-    layers["routers"] = len(routers(model))
+    layers["subclasses"] = len(linear_subclasses(model))
     for module in linear_layers(model):
         weight = module.weight.data
         rows, columns = module.weight.shape
