@@ -29,7 +29,7 @@ from _qwquanto.compiled.prepare import (
     graphs_compiled,
     prepare_compiled_decode,
 )
-from _qwquanto.compiled.step import draw_token, window_attention
+from _qwquanto.compiled.step import draw_token, bucketed_attention
 from _qwquanto.worker.quanto import patch_quanto
 
 SIZE = {
@@ -111,7 +111,7 @@ def compile_and_compare(model, length=20, max_tokens=64, reference=None):
 
 @pytest.mark.parametrize("weights", PRECISIONS)
 def test_compiled_logits_are_quantos(tiny, weights):
-    """Four graphs, of layers, norm, positions and output, serve all layers and windows."""
+    """Four graphs, of layers, norm, positions and output, serve all layers and buckets."""
     done = compile_and_compare(trained(tiny, weights), *((270, 300) if weights == "int8" else (20, 64)))
     assert (done.way, done.graphs) == (SCRIPT_STEP, 4)
 
@@ -380,7 +380,7 @@ def test_float8_is_read_bit_by_bit_where_the_hardware_cannot():
 def test_unknown_attention_is_refused(name):
     x = torch.zeros(1, 2, 1, 4)
     with pytest.raises(Failure, match=name):
-        window_attention(None, x, x, x, torch.ones(1, 1, 1, 8, dtype=torch.bool), **{name: 30.0})
+        bucketed_attention(None, x, x, x, torch.ones(1, 1, 1, 8, dtype=torch.bool), **{name: 30.0})
 
 
 def test_large_scores_in_float16_stay_finite():
@@ -390,7 +390,7 @@ def test_large_scores_in_float16_stay_finite():
     mask = torch.ones(1, 1, 1, 8, dtype=torch.bool)
     halves = [t.half() for t in (query, key, value)]
     assert (halves[0] @ halves[1].repeat_interleave(2, 1).transpose(2, 3)).isinf().any()
-    found, _ = window_attention(None, *halves, mask, scaling=128**-0.5)
+    found, _ = bucketed_attention(None, *halves, mask, scaling=128**-0.5)
     exact = [t.double() for t in halves]
     wanted = torch.nn.functional.scaled_dot_product_attention(*exact, enable_gqa=True).transpose(1, 2)
     assert torch.allclose(found.double(), wanted, rtol=1e-2)

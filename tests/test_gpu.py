@@ -258,15 +258,15 @@ def test_a_layer_to_compile_is_quantos(weights, dtype, device="cuda:0"):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv", "size", "window", "last"),
+    ("heads", "kv", "size", "bucket", "last"),
     [(16, 2, 128, 256, 0), (16, 2, 128, 2048, 2047), (9, 3, 64, 1280, 1100), (4, 4, 80, 8192, 5000)],
 )
-def test_attention_of_one_token(heads, kv, size, window, last, dtype, device="cuda:0"):
+def test_attention_of_one_token(heads, kv, size, bucket, last, dtype, device="cuda:0"):
     """Against torch's own in float64; places after the last one hold what must not be read."""
     torch.manual_seed(0)
     query = torch.randn(1, heads, 1, size, dtype=dtype, device=device) * 10  # Qwen2's scores are large
-    key, value = (torch.randn(1, kv, window + 16, size, dtype=dtype, device=device) for _ in range(2))
-    mask = (torch.arange(window, device=device) <= last)[None, None, None]
+    key, value = (torch.randn(1, kv, bucket + 16, size, dtype=dtype, device=device) for _ in range(2))
+    mask = (torch.arange(bucket, device=device) <= last)[None, None, None]
     key[:, :, last + 1 :], value[:, :, last + 1 :] = torch.nan, torch.nan
     found = flash_decode(query, key, value, mask, size**-0.5)
     known = (t[:, :, : last + 1].double() for t in (key, value))
@@ -292,7 +292,7 @@ def logits_of(model, prompt, count, forced=None, **options):
 
 @pytest.mark.parametrize("weights", PRECISIONS)
 def test_compiled_logits_are_quantos(tiny, weights):
-    """On CUDA the step has kernels of its own and is replayed from CUDA graphs, one for each window."""
+    """On CUDA the step has kernels of its own and is replayed from CUDA graphs, one for each bucket."""
     torch._dynamo.reset()
     s = settings(model_name=tiny, weights=None if weights == "none" else weights, compile=True)
     model = load_model(s, tiny, make_meta_model(s, tiny), GPU)

@@ -187,7 +187,8 @@ def test_every_way_a_worker_can_end(script, tiny, tmp_path):
     running = '        with step("running the model"):\n            result.warmup'
     copy = edited(
         tmp_path, BANDWIDTH, (RUN, in_second_run + RUN), (loading, loading + fails),
-        (running, running.replace('model"', 'model", timeout_s=6')), ("EXIT_GRACE_S = 10 ", "EXIT_GRACE_S = 2 "),
+        (running, running.replace('model"', 'model", timeout_s=6')),
+        ("EXIT_GRACE_S = 10 ", "EXIT_GRACE_S = 2 "),
         # hangs at exit, complete (int4) or failed (float8)
         (MEASURED, MEASURED + "    __import__('time').sleep(3600)\n"),
     )  # fmt: skip

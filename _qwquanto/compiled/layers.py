@@ -38,7 +38,7 @@ class DequantLinear(torch.nn.Module):
     """
 
     # the tensors to merge -> their dimension of the outputs, and how many outputs make one index of it
-    rows: dict[str, tuple[int, int]]
+    output_axis: dict[str, tuple[int, int]]
     merge_key: Any = None  # what layers must have in common to be merged; None: nothing to gain
 
     def __init__(self, bias: torch.Tensor | None, **tensors: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ class DequantLinear(torch.nn.Module):
 class PerChannelLinear(DequantLinear):
     """8 bits, or as stored with a scale of one: data [out, in], scale [out, 1]."""
 
-    rows: ClassVar = {"data": (0, 1), "scale": (0, 1)}
+    output_axis: ClassVar = {"data": (0, 1), "scale": (0, 1)}
 
     def __init__(self, bias: torch.Tensor | None, data: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__(bias, data=data, scale=scale)
@@ -75,7 +75,7 @@ class PerChannelLinear(DequantLinear):
         # wrong unless in_features is a multiple of 16: aten/src/ATen/native/cpu/int8mm_kernel.cpp
         self.int8pack = data.is_cpu and data.dtype == torch.int8 and data.shape[1] % 16 == 0
         # for one token, Inductor's sums are a third faster with AVX512, with AVX2 up to seven times slower
-        self.sums = native
+        self.reduction_is_faster = native
         if self.gemv or data.is_cpu:
             self.merge_key = data.dtype, scale.dtype, data.shape[1]
 
@@ -83,12 +83,16 @@ class PerChannelLinear(DequantLinear):
         data, scale = self.data, self.scale
         if self.gemv and len(x) == 1:
             return gemv(x.contiguous(), data, scale)
-        several = len(x) > 1 or not torch.compiler.is_compiling()
-        if self.int8pack and x.dtype == scale.dtype == torch.bfloat16 and (several or not self.sums):
+        use_matmul = len(x) > 1 or not torch.compiler.is_compiling()
+        if (
+            self.int8pack
+            and x.dtype == scale.dtype == torch.bfloat16
+            and (use_matmul or not self.reduction_is_faster)
+        ):
             # a copy: a part of a row may lie at an address that is no multiple of 32: the kernel crashes
             x = x.clone(memory_format=torch.contiguous_format)
             return torch._weight_int8pack_mm(x, data, scale.flatten())
-        if several:
+        if use_matmul:
             return x @ (data if data.dtype == x.dtype else data.to(x.dtype) * scale).t()
         # Sums, not a matmul: Inductor fuses them with the reading of the bytes. On a CPU one loop reads a row
         # of each quarter of the matrix, so x is converted once for four; sums of over 4096 numbers are slower
@@ -135,7 +139,7 @@ class GroupwiseLinear(DequantLinear):
 class TinyGemmLinear(DequantLinear):
     """4 bits in bfloat16, by the kernel that Quanto uses too; its scale is [groups, out, scale and zero]."""
 
-    rows: ClassVar = {"data": (0, 8), "scale": (1, 1)}
+    output_axis: ClassVar = {"data": (0, 8), "scale": (1, 1)}
 
     def __init__(self, bias: torch.Tensor | None, data: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__(bias, data=data, scale=scale)
@@ -200,12 +204,14 @@ def merge_layers(model: Any) -> None:
     for (_, _, kind, _), layers in groups.items():
         if len(layers) == 1:
             continue
-        whole = {n: torch.cat([getattr(s, n) for s in layers], dim) for n, (dim, _) in kind.rows.items()}
+        whole = {
+            n: torch.cat([getattr(s, n) for s in layers], dim) for n, (dim, _) in kind.output_axis.items()
+        }
         merged = kind(None, **whole)
         first = 0
         for layer in layers:
-            last = first + layer.scale.shape[kind.rows["scale"][0]]
-            for n, (dim, unit) in kind.rows.items():
+            last = first + layer.scale.shape[kind.output_axis["scale"][0]]
+            for n, (dim, unit) in kind.output_axis.items():
                 setattr(layer, n, whole[n].narrow(dim, first // unit, (last - first) // unit))
             layer.merged = (merged,)
             layer.part = slice(first, last)

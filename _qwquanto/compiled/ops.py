@@ -51,9 +51,9 @@ def flash_decode(
 ) -> torch.Tensor:
     """Attention of one token on CUDA.
 
-    query [1, heads, 1, size], key and value [1, kv heads, length, size], mask [1, 1, 1, window].
+    query [1, heads, 1, size], key and value [1, kv heads, length, size], mask [1, 1, 1, bucket].
     Flash decoding (Dao and others 2023): each block of 64 places by itself, then all blocks together.
-    Inductor's sums read the keys for every head anew and run along the window on few processors: 2 and 15 us
+    Inductor's sums read the keys for every head anew and run along the bucket on few processors: 2 and 15 us
     slower a layer at 256 and 2048 places on an H100.
     """
     _, heads, _, size = query.shape

@@ -20,10 +20,10 @@ from _qwquanto.compiled.kernels import triton
 from _qwquanto.compiled.layers import INDUCTOR_OPTIONS, DequantLinear
 from _qwquanto.compiled.ops import flash_decode, supports_pdl
 
-WINDOW = 256  # tokens
+BUCKET_TOKENS = 256  # tokens
 
 
-def window_attention(module, query, key, value, mask, scaling=None, **more):
+def bucketed_attention(module, query, key, value, mask, scaling=None, **more):
     """Attention over the first mask.shape[-1] places of the cache; heads of a group share keys uncopied.
 
     transformers' own sdpa copies keys and values for every head, and reads all of a static cache. Refuses the
@@ -116,13 +116,13 @@ def regions_of(model: Any, cache: StaticCache) -> list[tuple[torch.nn.Module, St
         children = list(decoder.children())
         layers = next((c for c in children if isinstance(c, torch.nn.ModuleList)), ())
         indices = [{m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} for layer in layers]
-        if len(layers) != len(cache.layers) or any(own - {i, None} for i, own in enumerate(indices)):
+        if len(layers) != len(cache.layers) or any(found - {i, None} for i, found in enumerate(indices)):
             continue
         found = [(c, None) for c in children if not isinstance(c, torch.nn.ModuleList | torch.nn.Embedding)]
         found += [(output, None)] if isinstance(output, DequantLinear) else []
-        for layer, own in zip(layers, cache.layers, strict=True):
+        for layer, layer_cache in zip(layers, cache.layers, strict=True):
             found.append((layer, copy.copy(cache)))
-            found[-1][1].layers = [own] * len(layers)
+            found[-1][1].layers = [layer_cache] * len(layers)
         return found
     return []
 
@@ -134,21 +134,21 @@ class DecodeStep:
         self.model = model
         self.graphs = {}
         self.original_attention = model.config._attn_implementation
-        sizes = range(WINDOW, max_tokens + WINDOW, WINDOW)
+        sizes = range(BUCKET_TOKENS, max_tokens + BUCKET_TOKENS, BUCKET_TOKENS)
         self.places = torch.arange(sizes[-1], device=model.device)
-        self.windows = {size: self.places[:size].clone() for size in sizes}
+        self.buckets = {size: self.places[:size].clone() for size in sizes}
         self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self.position = torch.zeros(1, dtype=torch.long, device=model.device)
         self.ended = torch.zeros(1, dtype=torch.bool, pin_memory=model.device.type == "cuda")
         self.cache = StaticCache(config=model.config, max_cache_len=1)
-        # 16 more, so that the cache is never as long as a window: equal sizes would be taken for one
+        # 16 more, so that the cache is never as long as a bucket: equal sizes would be taken for one
         self.cache.layers = [StepLayer(sizes[-1] + 16, self.position) for _ in self.cache.layers]
         self.stepping = False
         self.regions = regions_of(model, self.cache)
 
-    def step(self, window: torch.Tensor) -> Any:
-        mask = (window <= self.position)[None, None, None]
-        torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all windows
+    def step(self, bucket: torch.Tensor) -> Any:
+        mask = (bucket <= self.position)[None, None, None]
+        torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all buckets
         inputs = {"attention_mask": mask, "position_ids": self.position[None], "past_key_values": self.cache}
         self.stepping = True
         try:
@@ -174,7 +174,7 @@ class DecodeStep:
                 first = self.model(prompt, attention_mask=mask, past_key_values=self.cache, use_cache=True)
                 self.token.copy_(ids[:, -1:])
                 self.position.fill_(prompt.shape[1])
-                then = self.step(self.windows[WINDOW])
+                then = self.step(self.buckets[BUCKET_TOKENS])
                 found = torch.cat([first.logits[0, -1:], then.logits[0, -1:]]).float()
                 if (found - wanted).norm() < 0.1 * wanted.norm():
                     return True
@@ -223,16 +223,16 @@ class DecodeStep:
         """A region's forward: eager for a prompt, compiled in a step, then with the layer's own cache."""
         if not self.stepping:
             return eager(*args, **inputs)
-        own = {name: cache if value is self.cache else value for name, value in inputs.items()}
-        return compiled(region, *args, **own)
+        inputs = {name: cache if value is self.cache else value for name, value in inputs.items()}
+        return compiled(region, *args, **inputs)
 
     def decode(self, token: torch.Tensor, length: int) -> torch.Tensor:
         """Logits [1, 1, vocabulary] after a token [1, 1], the last of `length`; on CUDA till called again."""
-        size = -(-length // WINDOW) * WINDOW
+        size = -(-length // BUCKET_TOKENS) * BUCKET_TOKENS
         self.token.copy_(token)
         self.position.fill_(length - 1)
         if size not in self.graphs:
-            return self.step(self.windows[size]).logits
+            return self.step(self.buckets[size]).logits
         graph, output = self.graphs[size]
         graph.replay()
         return output.logits
@@ -289,17 +289,19 @@ class DecodeStep:
 
     @torch.no_grad()
     def capture_graphs(self) -> None:
-        """Capture a CUDA graph for each window, once the step has been compiled by a first run."""
+        """Capture a CUDA graph for each bucket, once the step has been compiled by a first run."""
         pool = torch.cuda.graph_pool_handle()
-        for size, window in self.windows.items():
+        for size, bucket in self.buckets.items():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                output = self.step(window)
+                output = self.step(bucket)
             self.graphs[size] = graph, output
 
     def prompt_mask(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
         length = inputs_embeds.shape[1]
-        return (self.places[: -(-length // WINDOW) * WINDOW] <= self.places[:length, None])[None, None]
+        return (self.places[: -(-length // BUCKET_TOKENS) * BUCKET_TOKENS] <= self.places[:length, None])[
+            None, None
+        ]
 
 
-transformers.AttentionInterface.register("qwquanto", window_attention)
+transformers.AttentionInterface.register("qwquanto", bucketed_attention)

@@ -139,23 +139,32 @@ def memory_of(device: str) -> tuple[int, int]:
     return psutil.virtual_memory().available, psutil.virtual_memory().total
 
 
-def snapshot(devices: list[str], handles: dict[str, Any], cuda: str = "current") -> dict[str, int]:
-    """Bytes now: "rss" of this process, "cuda:0 used" (whole device), "… allocated" and "… reserved" (torch).
-
-    torch keeps the last two on CUDA, `cuda` "current" or their "peak" since the reset; "" leaves them out.
-    """
+def torch_memory(devices: list[str], kind: str) -> dict[str, int]:
+    """Bytes of torch's CUDA allocators, "cuda:0 allocated" and "… reserved": "current", or "peak" since reset."""
     seen = {}
     for device in devices:
-        if device.startswith("cuda") and cuda:
+        if device.startswith("cuda"):
             stats = torch.cuda.memory_stats(device)
-            seen[f"{device} allocated"] = stats.get(f"allocated_bytes.all.{cuda}", 0)
-            seen[f"{device} reserved"] = stats.get(f"reserved_bytes.all.{cuda}", 0)
+            seen[f"{device} allocated"] = stats.get(f"allocated_bytes.all.{kind}", 0)
+            seen[f"{device} reserved"] = stats.get(f"reserved_bytes.all.{kind}", 0)
+    return seen
+
+
+def polled_memory(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
+    """Bytes now of what keeps no peak: "cuda:0 used" (whole device), MPS's allocator, "rss" of this process."""
+    seen = {}
+    for device in devices:
         if device in handles:
             seen[f"{device} used"] = device_memory_used(handles[device])
         if device == "mps":
             seen["mps allocated"] = torch.mps.current_allocated_memory()
             seen["mps reserved"] = torch.mps.driver_allocated_memory()
     return seen | {"rss": psutil.Process().memory_info().rss}
+
+
+def snapshot(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
+    """Bytes now, of all kinds."""
+    return torch_memory(devices, "current") | polled_memory(devices, handles)
 
 
 @contextlib.contextmanager
@@ -171,7 +180,7 @@ def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callabl
     ended = threading.Event()
 
     def look() -> dict[str, int]:
-        for name, value in snapshot(devices, handles, cuda="").items():
+        for name, value in polled_memory(devices, handles).items():
             seen[name] = max(value, seen.get(name, 0))
         return seen
 
@@ -182,7 +191,7 @@ def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callabl
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield lambda: snapshot(devices, handles, cuda="peak") | look()
+        yield lambda: torch_memory(devices, "peak") | look()
     finally:
         ended.set()
         watcher.join()
