@@ -76,8 +76,8 @@ def ratio_interval(
 ) -> tuple[float, float] | None:
     """The 95 % interval of the ratio of two decode rates (Welch 1947, on logarithms); None for too few runs.
 
-    `bandwidth_ratio` is that of the two processes' memory: it may be in the figures or not, so the interval is
-    widened by it.
+    `bandwidth_ratio` is that of the two processes' memory: it may be in the figures or not, so the
+    interval is widened by it.
     """
     logs = [[math.log(rate) for rate in group] for group in rates_over_shared_prefix(runs, base)]
     if min(map(len, logs)) < 2:

@@ -29,7 +29,7 @@ from _qwquanto.compiled.prepare import (
     graphs_compiled,
     prepare_compiled_decode,
 )
-from _qwquanto.compiled.step import draw_token, bucketed_attention
+from _qwquanto.compiled.step import bucketed_attention, draw_token
 from _qwquanto.worker.quanto import patch_quanto
 
 SIZE = {

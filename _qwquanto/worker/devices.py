@@ -140,7 +140,7 @@ def memory_of(device: str) -> tuple[int, int]:
 
 
 def torch_memory(devices: list[str], kind: str) -> dict[str, int]:
-    """Bytes of torch's CUDA allocators, "cuda:0 allocated" and "… reserved": "current", or "peak" since reset."""
+    """Bytes of torch's CUDA allocators, "cuda:0 allocated" and "… reserved"; "peak" is since the reset."""
     seen = {}
     for device in devices:
         if device.startswith("cuda"):
@@ -151,7 +151,7 @@ def torch_memory(devices: list[str], kind: str) -> dict[str, int]:
 
 
 def polled_memory(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
-    """Bytes now of what keeps no peak: "cuda:0 used" (whole device), MPS's allocator, "rss" of this process."""
+    """Bytes now of what keeps no peak: "cuda:0 used" (whole device), MPS's allocator, "rss" (process)."""
     seen = {}
     for device in devices:
         if device in handles:
