@@ -7,9 +7,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 
@@ -182,10 +183,10 @@ def edited(folder, *replacements):
 
 def wait_for(condition, process, seconds=120):
     """What the condition gives, once that is true; the process must live until then."""
-    end = time.monotonic() + seconds
+    end = monotonic() + seconds
     while not (found := condition()):
-        assert process.poll() is None and time.monotonic() < end, "the condition never came true"
-        time.sleep(0.05)
+        assert process.poll() is None and monotonic() < end, "the condition never came true"
+        sleep(0.05)
     return found
 
 
@@ -231,3 +232,54 @@ class Script:
 def script(tmp_path):
     """Runs the real script: script(flag=value, …) -> Ended; see `Script`."""
     return Script(tmp_path)
+
+
+def start(*argv, path=SCRIPT):
+    """What became of the script with these arguments, no model in them."""
+    return subprocess.run(
+        [sys.executable, str(path), *map(str, argv)], capture_output=True, encoding="utf-8", check=False
+    )
+
+
+# ----------------------------------------------------------------------------------------- the worker's rooms
+
+
+@pytest.fixture
+def time(monkeypatch):
+    """A clock that only moves when told, in place of the one by which generations are timed."""
+    from fake_model import FakeTime
+
+    from _qwquanto.worker import generation
+
+    fake = FakeTime()
+    monkeypatch.setattr(generation, "time", fake)
+    return fake
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    """What the worker says to the program."""
+    from _qwquanto.channel import CHANNEL
+
+    said = []
+    monkeypatch.setattr(CHANNEL, "send", lambda **message: said.append(message))
+    return said
+
+
+@pytest.fixture
+def fresh():
+    """Nothing compiled before, and Quanto as the script patches it."""
+    import torch
+
+    from _qwquanto.worker.quanto import patch_quanto
+
+    torch._dynamo.reset()
+    patch_quanto()
+
+
+def in_plain_python(code):
+    """(exit code, output) of code in a process of its own, in which nothing is patched."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr

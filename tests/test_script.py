@@ -1,15 +1,33 @@
 """The script as its user runs it: real processes, a tiny model that recites one sentence, every precision."""
 
+import ast
+import contextlib
 import fcntl
 import os
 import pty
 import re
+import resource
 import struct
 import subprocess
+import sys
 import termios
+import time
 
+import psutil
 import pytest
-from conftest import ANSWER, BANDWIDTH, QUESTION, edited, make_model
+from conftest import (
+    ANSWER,
+    BANDWIDTH,
+    QUESTION,
+    ROOT,
+    SCRIPT,
+    arguments,
+    edited,
+    make_model,
+    start,
+    wait_for,
+)
+from processes import Terminal, check_interrupted, worker_of
 
 
 def test_one_precision_reports_and_recites(script, tiny):
@@ -218,3 +236,88 @@ def test_a_raising_and_an_unavailable_precision_are_rows(script, tiny, tmp_path)
     assert "int8 FAILED" in ended.out and "int4 unavailable: needs a C++ compiler" in ended.out
     ended = script(path=copy, compare=("int4",), **small)
     assert ended.code == 0, "an unavailable precision is no failure"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--runs", "0"], ["--nonsense"], ["--show", __file__]])
+def test_what_needs_no_model_imports_nothing_heavy(argv):
+    code = "import sys, runpy; sys.argv = {!r}\ntry: runpy.run_path(sys.argv[0], run_name='__main__')"
+    code += "\nexcept SystemExit as end:"
+    code += "\n    print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)), end.code)"
+    done = start(code.format([str(SCRIPT), *argv]), path="-c")
+    assert done.stdout.splitlines()[-1] == f"[] {0 if argv == ['--help'] else 2}"
+    assert "Traceback" not in done.stderr
+
+
+def test_inline_metadata_lists_the_requirements():
+    """PEP 723, for `uv run qwquanto.py`: the packages of requirements.txt, in the file."""
+    lines = (
+        re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+)# ///$", SCRIPT.read_text(encoding="utf-8"))
+        .group(1)
+        .splitlines()
+    )
+    listed = re.findall(r'"([^"]+==[^"]+)"', "\n".join(lines))
+    assert listed == (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert '# requires-python = ">=3.11"' in lines and ast.get_docstring(
+        ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    )
+
+
+PARENT = """import runpy, sys
+sys.argv = [{path!r}, *{argv!r}]
+try:
+    runpy.run_path({path!r}, run_name="__main__")
+except SystemExit as end:
+    heavy = {{"torch", "transformers", "numpy", "optimum"}} & set(sys.modules)
+    print("parent:", end.code, heavy, file=sys.stderr)
+"""
+
+
+def test_only_a_worker_imports_torch_and_the_parent_stays_small(tiny):
+    flags = {"model_name": tiny, "device": "cpu", "question": QUESTION, "max_length": 40, "warmup_runs": 0}
+    code = PARENT.format(path=str(SCRIPT), argv=arguments(flags))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    worker, parents, workers = worker_of(process), [], []
+    with contextlib.suppress(psutil.Error):
+        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+            parents.append(psutil.Process(process.pid).memory_info().rss)
+            workers.append(worker.memory_info().rss)
+            time.sleep(0.05)
+    _, err = process.communicate(timeout=60)
+    assert err.decode().splitlines()[-1] == "parent: 0 set()"
+    assert max(parents) < 100e6 < 200e6 < max(workers)
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(script, tiny):
+    """As in `| head -3`, with nobody left when the report comes."""
+    read, write = os.pipe()
+    process = script.start(
+        model_name=tiny, question=QUESTION, max_length=40, runs=1, streams={"stdout": write}
+    )
+    os.close(write)
+    os.close(read)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and b"Error" not in err and b"Traceback" not in err
+
+
+def test_results_on_a_full_disk(script, tiny):
+    """A limit of a file's size stands for a disk that fills up: the file can be made, and not be written."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+
+    streams = {"preexec_fn": limit}
+    ended = script(model_name=tiny, question=QUESTION, max_length=40, runs=1, streams=streams)
+    assert ended.code == 1 and "### Speed" in ended.out
+    lines = [line for line in ended.err.splitlines() if line.startswith("qwquanto:")]
+    assert lines == [f"qwquanto: cannot write {script.file}: File too large"]
+    assert not script.file.exists() and not list(script.file.parent.glob(".results*"))
+
+
+def test_ctrl_c_while_importing(script, tiny):
+    terminal = Terminal(script, model_name=tiny)
+    worker = worker_of(terminal.process)
+    wait_for(lambda: b"importing" in terminal.shown, terminal.process)
+    terminal.press_ctrl_c()
+    assert "###" not in check_interrupted(terminal, worker.pid)

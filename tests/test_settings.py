@@ -1,33 +1,21 @@
 """Constants, their flags, what is refused, saved results; and that the program stands without torch."""
 
-import ast
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT, SCRIPT
-from results import BENCHMARKS, parse, piped, settings
+from conftest import ROOT, SCRIPT, start
+from results import parse, settings
 
 import qwquanto
-from _qwquanto import __version__
-from _qwquanto.channel import Failure
-from _qwquanto.report import print_report
-from _qwquanto.results import SCHEMA, Benchmark, from_json, to_json, write_results
-from _qwquanto.saved import show
 from _qwquanto.settings import PRECISIONS, Settings, check, is_writable, unused
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
+
+
 CONSTANTS = re.findall(r"^([A-Z_]+): [^=]+ = (.*?)  # (.+)$", SOURCE, re.MULTILINE)
-
-
-def start(*argv, path=SCRIPT):
-    return subprocess.run(
-        [sys.executable, str(path), *map(str, argv)], capture_output=True, encoding="utf-8", check=False
-    )
 
 
 @pytest.fixture
@@ -179,104 +167,3 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys, flag, answer):
     with pytest.raises(SystemExit, match="2"):
         parse([flag, "100"])
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {answer}")
-
-
-# ---------------------------------------------------------------------------------------------- saved results
-
-
-@pytest.mark.parametrize("kind", BENCHMARKS)
-def test_saved_results_are_the_results(kind):
-    benchmark = BENCHMARKS[kind]
-    again = from_json(to_json(benchmark))
-    assert again == benchmark
-    assert piped(again) == piped(benchmark)
-
-
-def test_saved_results_are_written_whole_and_readable(tmp_path):
-    file = tmp_path / "x.json"
-    write_results(str(file), BENCHMARKS["single"])
-    plain = json.loads(file.read_text(encoding="utf-8"))
-    assert [plain["schema"], plain["version"], plain["interrupted"]] == [SCHEMA, __version__, False]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", plain["date"])
-    assert plain["results"][0]["settings"]["runs"] == 5 and len(plain["results"][0]["runs"]) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "[]", "3", "{}", "\0", '{"schema": []}', '{"schema": 2}', '{"schema": 2, "results": [{}]}'),
-        *('{"schema": 2, "results": [3]}', '{"schema": 2, "results": [{"settings": {}}]}'),
-    ],
-)
-def test_a_file_of_something_else_is_no_results(text):
-    with pytest.raises(Failure, match="holds no results"):
-        from_json(text)
-
-
-@pytest.mark.parametrize(
-    ("schema", "reader"), [(1, "qwquanto 2.0.0"), (3, "the version that wrote it"), ("x", "the version")]
-)
-def test_another_schema_is_told_with_the_version_that_reads_it(schema, reader):
-    other = json.loads(to_json(BENCHMARKS["single"])) | {"schema": schema}
-    with pytest.raises(Failure, match=f"schema {schema}, which {reader}.* reads; this one reads 2"):
-        from_json(json.dumps(other))
-
-
-def test_fields_of_a_later_version_are_left_out_and_those_with_a_default_may_lack():
-    """So that a new field need not raise SCHEMA: in every part of a file."""
-    kept = BENCHMARKS["compiled comparison"]
-    plain = json.loads(to_json(kept)) | {"new": {"a": 1}}
-    for r in plain["results"]:
-        for part in (r, r["settings"], *r["runs"], r["compiled"] or {}, r["quality"] or {}):
-            part["of_2030"] = [1, 2]
-        assert r.pop("notes") == [] and r.pop("skipped_layers") == 0
-    assert from_json(json.dumps(plain)) == kept
-
-
-@pytest.mark.parametrize("kind", BENCHMARKS)
-def test_show_prints_the_report_byte_for_byte(tmp_path, capsys, kind):
-    write_results(str(tmp_path / "x.json"), BENCHMARKS[kind])
-    print_report(settings(), BENCHMARKS[kind])
-    printed = capsys.readouterr().out
-    assert show([str(tmp_path / "x.json")]) == 0
-    assert capsys.readouterr().out == printed != ""
-
-
-def test_show_as_a_process(tmp_path):
-    first, second, none = (tmp_path / name for name in ("before.json", "after.json", "none.json"))
-    write_results(str(first), BENCHMARKS["comparison"])
-    write_results(str(second), BENCHMARKS["single"])
-    none.write_text(to_json(Benchmark([])), encoding="utf-8")
-    one, both = start("--show", first), start("--show", first, second)
-    assert (one.returncode, one.stdout, one.stderr) == (0, piped(BENCHMARKS["comparison"]), "")
-    assert both.returncode == 0 and "| before int8" in both.stdout and "| after int8" in both.stdout
-    picture = tmp_path / "both.svg"
-    drawn = start("--show", first, second, "--report", picture)
-    assert (drawn.returncode, drawn.stdout) == (0, both.stdout) and "<svg" in picture.read_text(
-        encoding="utf-8"
-    )
-    refused = start("--show", first, "--report", tmp_path / "both.pdf")
-    assert (refused.returncode, refused.stdout) == (2, "") and "ends in .svg or .html" in refused.stderr
-    wrong = {SCRIPT: "holds no results that this version of the script can read", none: "holds no results"}
-    for file, reason in (wrong | {tmp_path / "gone.json": "No such file or directory"}).items():
-        done = start("--show", first, file)
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"qwquanto: {file}: {reason}\n")
-
-
-@pytest.mark.parametrize("argv", [["--help"], ["--runs", "0"], ["--nonsense"], ["--show", __file__]])
-def test_what_needs_no_model_imports_nothing_heavy(argv):
-    code = "import sys, runpy; sys.argv = {!r}\ntry: runpy.run_path(sys.argv[0], run_name='__main__')"
-    code += "\nexcept SystemExit as end:"
-    code += "\n    print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)), end.code)"
-    done = start(code.format([str(SCRIPT), *argv]), path="-c")
-    assert done.stdout.splitlines()[-1] == f"[] {0 if argv == ['--help'] else 2}"
-    assert "Traceback" not in done.stderr
-
-
-def test_inline_metadata_lists_the_requirements():
-    """PEP 723, for `uv run qwquanto.py`: the packages of requirements.txt, in the file."""
-    lines = re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+)# ///$", SOURCE).group(1).splitlines()
-    listed = re.findall(r'"([^"]+==[^"]+)"', "\n".join(lines))
-    assert listed == (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    assert '# requires-python = ">=3.11"' in lines and ast.get_docstring(ast.parse(SOURCE))

@@ -128,3 +128,17 @@ def save_model(name: str, folder: str) -> None:
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
                 module.weight.normal_(0, 0.07)
     model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def dequantized(weight):
+    """The numbers that a weight of Quanto's stands for, in float32, from its inner tensors."""
+    if hasattr(weight, "_scale_shift"):  # TinyGemm: [groups, rows, 2]
+        number = weight._data.unpack().float().view(len(weight), len(weight._scale_shift), -1)
+        scale, shift = (weight._scale_shift[:, :, i].float().t()[:, :, None] for i in (0, 1))
+        return ((number - 8) * scale + shift).flatten(1)
+    scale = weight._scale.float()
+    if weight._qtype.bits == 8:
+        return weight._data.float() * scale
+    number, shift = weight._data.unpack().float(), weight._shift
+    values = number * scale - shift.float() if shift.is_floating_point() else (number - shift) * scale
+    return values.reshape(weight.shape)

@@ -1,89 +1,94 @@
-"""However a worker or its parent ends: what was measured stands, and nothing is left behind."""
+"""However a worker ends, what was measured stands: fake workers that speak the protocol."""
 
-import contextlib
+import dataclasses
 import json
+import math
 import os
 import pty
+import queue
 import re
-import resource
 import signal
-import subprocess
-import sys
-import threading
-import time
+from dataclasses import replace
+from types import SimpleNamespace
 
-import psutil
 import pytest
-from conftest import BANDWIDTH, QUESTION, SCRIPT, arguments, edited, wait_for
+from conftest import BANDWIDTH, QUESTION, edited, wait_for
+from processes import LONG, Terminal, check_interrupted, wait_for_end, worker_of
+from results import (
+    compiled,
+    compiled_comparison,
+    piped,
+    result,
+    run,
+    settings,
+)
+
+from _qwquanto.results import Benchmark, Result, from_json, to_json
+from _qwquanto.supervisor import describe_exit, follow
+
+
+def test_a_workers_end_in_words():
+    assert describe_exit(-9) == "its process was killed by SIGKILL (out of memory?)"
+    assert describe_exit(3) == "its process ended with exit code 3"
+    assert describe_exit(-11, "in kernel x") == "its process was killed by SIGSEGV (in kernel x)"
+    number = signal.SIGRTMIN + 1  # has no name
+    assert describe_exit(-number) == f"its process was killed by signal {number}"
+
+
+def figures(plain, path=()):
+    """The paths of all floats in what `asdict` made of a Result; of a list the first one's."""
+    if isinstance(plain, dict | list):
+        items = plain.items() if isinstance(plain, dict) else enumerate(plain[:1])
+        return [found for key, value in items for found in figures(value, (*path, key))]
+    return [path] if isinstance(plain, float) and path[0] != "settings" else []
+
+
+def said(plain):
+    """The Result that the program has of one that a worker sends."""
+    lines = queue.Queue()
+    lines.put(json.dumps({"result": plain}))
+    lines.put(None)
+    view = SimpleNamespace(status=lambda *_: None)
+    return follow(lines, Result(settings()), view, lambda result: None)[0]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_figure_that_is_no_number_costs_neither_the_report_nor_the_file(number):
+    """Any one of them: it is null in the file, or what it belongs to is left out; the report says so."""
+    for r in (replace(compiled_comparison()[1], warmup=[run(9)]), result(compiled=compiled(20, 21))):
+        for path in figures(dataclasses.asdict(r)):
+            plain = place = dataclasses.asdict(r)
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = number
+            benchmark = Benchmark([compiled_comparison()[0], said(plain)])
+            file, shown = to_json(benchmark), piped(benchmark)  # to_json raises ValueError for a NaN
+            assert not re.search(r"\b(nan|inf)\b", shown) and "A figure was no number" in shown, path
+            assert piped(from_json(file)) == shown, path
+    assert said(dataclasses.asdict(r)) == r
+
+
+def test_a_quality_without_its_kl_is_unknown_and_a_run_without_a_time_is_none():
+    plain = dataclasses.asdict(compiled_comparison()[1])
+    plain["quality"]["kl_divergence"] = plain["runs"][0]["inter_token_s"][3] = math.nan
+    r = said(plain)
+    assert r.quality is None and len(r.runs) == 1 and r.compiled.quality is not None
+
 
 # edits of the script: each gives a worker a fault, or a place to wait in
 RUN = "    torch.manual_seed(seed)\n    energy = energy_j(bench.handles)\n"
+
+
 MEASURED = '    measure(started, job["reference"], job["on_terminal"], job["debug"])\n'
+
+
 STEP = "        self.timeout_s = timeout_s\n        self.status(doing)\n"
+
+
 HANG = (
     STEP,
     STEP + "        if doing == os.environ.get('HANG_IN'):\n            __import__('time').sleep(3600)\n",
 )
-
-
-def worker_of(process):
-    """The worker of a started script, once there is one."""
-
-    def find():
-        with contextlib.suppress(psutil.Error):  # one that has just been made, or ended
-            return [
-                c
-                for c in psutil.Process(process.pid).children()
-                if any("_qwquanto.worker" in word for word in c.cmdline())
-            ]
-
-    return wait_for(find, process)[0]
-
-
-def wait_for_end(session, seconds):
-    """Wait until no process of a session is left; what is, after so many seconds."""
-
-    def of_session():
-        left = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError, psutil.Error):
-                if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                    left.append(process)
-        return left
-
-    end = time.monotonic() + seconds
-    while (left := of_session()) and time.monotonic() < end:
-        time.sleep(0.02)
-    return left
-
-
-# --------------------------------------------------------------------------------- the parent and its streams
-
-PARENT = """import runpy, sys
-sys.argv = [{path!r}, *{argv!r}]
-try:
-    runpy.run_path({path!r}, run_name="__main__")
-except SystemExit as end:
-    heavy = {{"torch", "transformers", "numpy", "optimum"}} & set(sys.modules)
-    print("parent:", end.code, heavy, file=sys.stderr)
-"""
-
-
-def test_only_a_worker_imports_torch_and_the_parent_stays_small(tiny):
-    flags = {"model_name": tiny, "device": "cpu", "question": QUESTION, "max_length": 40, "warmup_runs": 0}
-    code = PARENT.format(path=str(SCRIPT), argv=arguments(flags))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    worker, parents, workers = worker_of(process), [], []
-    with contextlib.suppress(psutil.Error):
-        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
-            parents.append(psutil.Process(process.pid).memory_info().rss)
-            workers.append(worker.memory_info().rss)
-            time.sleep(0.05)
-    _, err = process.communicate(timeout=60)
-    assert err.decode().splitlines()[-1] == "parent: 0 set()"
-    assert max(parents) < 100e6 < 200e6 < max(workers)
 
 
 def test_prints_within_a_worker_stay_there_and_a_complete_result_is_complete(script, tiny, tmp_path):
@@ -95,18 +100,6 @@ def test_prints_within_a_worker_stay_there_and_a_complete_result_is_complete(scr
     (found,) = json.loads(ended.out)["results"]
     assert found["complete"] and found["failure"] is None and len(found["runs"]) == 2
     assert "### Speed" in ended.err and "NOISE" not in ended.out + ended.err
-
-
-def test_a_reader_that_has_seen_enough_ends_it_quietly(script, tiny):
-    """As in `| head -3`, with nobody left when the report comes."""
-    read, write = os.pipe()
-    process = script.start(
-        model_name=tiny, question=QUESTION, max_length=40, runs=1, streams={"stdout": write}
-    )
-    os.close(write)
-    os.close(read)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and b"Error" not in err and b"Traceback" not in err
 
 
 def test_a_picture_is_saved_though_nobody_reads_the_report(script, tiny, tmp_path):
@@ -140,23 +133,6 @@ def test_a_report_that_cannot_be_written_is_told(script, tiny, tmp_path):
     assert ended.code == 1 and ended.results[0]["complete"]
     told = "qwquanto: cannot write to standard output: No space left on device"
     assert ended.err.splitlines()[-1] == told
-
-
-def test_results_on_a_full_disk(script, tiny):
-    """A limit of a file's size stands for a disk that fills up: the file can be made, and not be written."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
-
-    streams = {"preexec_fn": limit}
-    ended = script(model_name=tiny, question=QUESTION, max_length=40, runs=1, streams=streams)
-    assert ended.code == 1 and "### Speed" in ended.out
-    lines = [line for line in ended.err.splitlines() if line.startswith("qwquanto:")]
-    assert lines == [f"qwquanto: cannot write {script.file}: File too large"]
-    assert not script.file.exists() and not list(script.file.parent.glob(".results*"))
-
-
-# --------------------------------------------------------------------------------------------- a worker's end
 
 
 def test_a_worker_killed_in_the_third_run_leaves_two(script, tiny, tmp_path):
@@ -234,57 +210,6 @@ def test_a_package_that_is_missing_is_named(script, tiny, tmp_path):
     assert "No module named 'no_such_package'" in line and line.endswith("pip install -r requirements.txt")
 
 
-# ------------------------------------------------------------------------------------------- the parent's end
-
-
-class Terminal:
-    """The script in the foreground of a terminal of its own, as after an Enter in a shell."""
-
-    def __init__(self, script, **flags):
-        self.ours, theirs = pty.openpty()
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-
-        def take_terminal():
-            os.setsid()
-            import fcntl
-            import termios
-
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        self.process = script.start(streams=streams | {"preexec_fn": take_terminal}, **flags)
-        os.close(theirs)
-        self.shown = b""
-        self.reader = threading.Thread(target=self.read, daemon=True)
-        self.reader.start()
-
-    def read(self):
-        with contextlib.suppress(OSError):  # the other end is closed
-            while part := os.read(self.ours, 4096):
-                self.shown += part
-
-    def press_ctrl_c(self):
-        os.write(self.ours, b"\x03")
-
-    def end(self):
-        """The exit code and all that was shown."""
-        code = self.process.wait(timeout=60)
-        self.reader.join()
-        os.close(self.ours)
-        return code, self.shown.decode("utf-8")
-
-
-def check_interrupted(terminal, session):
-    """What holds whenever and however the parent is told to end; what was shown."""
-    code, shown = terminal.end()
-    assert code == 130 and "Traceback" not in shown and "interrupted" in shown
-    assert not wait_for_end(session, 2)
-    assert shown.rfind("\x1b[?25l") < shown.rfind("\x1b[?25h"), "the cursor is visible again"
-    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)
-
-
-LONG = {"question": QUESTION, "runs": 300, "temperature": 50.0, "max_length": 400}
-
-
 @pytest.mark.parametrize("end", ["0x03", "SIGTERM", "SIGHUP"])
 def test_an_end_during_runs_keeps_those_that_were_made(script, tiny, tmp_path, end):
     terminal = Terminal(script, path=edited(tmp_path, BANDWIDTH), model_name=tiny, **LONG)
@@ -323,14 +248,6 @@ def test_a_terminal_that_is_closed_ends_nothing_after_nohup(script, tiny, tmp_pa
     os.close(ours)
     assert process.wait(timeout=120) == 0 and script.results[0]["complete"]
     assert len(script.results[0]["runs"]) == 2
-
-
-def test_ctrl_c_while_importing(script, tiny):
-    terminal = Terminal(script, model_name=tiny)
-    worker = worker_of(terminal.process)
-    wait_for(lambda: b"importing" in terminal.shown, terminal.process)
-    terminal.press_ctrl_c()
-    assert "###" not in check_interrupted(terminal, worker.pid)
 
 
 @pytest.mark.parametrize("place", ["loading the model", "measuring quality"])

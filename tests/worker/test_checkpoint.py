@@ -1,16 +1,46 @@
-"""Getting a model: the real download against a Hub on the loopback address."""
+"""Getting a model from a Hub on the loopback address, and what a checkpoint is told to be."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub
 import pytest
-from conftest import ANSWER, QUESTION
+import torch
+from conftest import ANSWER, QUESTION, make_model
+from models import load
+from results import settings
+from safetensors.torch import save_file
+
+from _qwquanto.channel import CHANNEL, Failure, describe_error
+from _qwquanto.worker import checkpoint
+from _qwquanto.worker.checkpoint import check_checkpoint, load_tokenizer, progress_bars
+from _qwquanto.worker.generation import Bench
+from _qwquanto.worker.loading import (
+    weight_stats,
+)
+
+
+def test_sharded_and_damaged_checkpoints(tmp_path):
+    folder = make_model(tmp_path, steps=0, max_shard_size="300KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    check_checkpoint(settings(), folder, "cpu")
+    assert weight_stats(load(folder, "int8"), ["cpu"])["quantized_layers"] == 14
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-100])
+    with pytest.raises(Failure, match=f"{shards[1].name} is damaged"):
+        check_checkpoint(settings(), folder, "cpu")
+    shards[1].unlink()
+    with pytest.raises(Failure, match="or a shard of it: download it again"):
+        check_checkpoint(settings(), folder, "cpu")
+
 
 # One process gets several models: huggingface_hub reads its environment at import, which takes seconds.
 CODE = """import json, sys
@@ -28,8 +58,14 @@ for name in sys.argv[1:]:
     except Failure as failure:
         print(json.dumps(f"FAILURE {failure}"), flush=True)
 """
+
+
 MODEL, LARGE = "them/model", "them/large"
+
+
 LAST = "model-00002-of-00002.safetensors"
+
+
 UNNEEDED = {
     "pytorch_model.bin",
     "optimizer.bin",
@@ -37,6 +73,8 @@ UNNEEDED = {
     "consolidated.safetensors",
     "README.md",
 }
+
+
 NOBODY = "http://127.0.0.1:9"  # nobody listens there
 
 
@@ -221,3 +259,142 @@ def test_a_comparison_asks_the_hub_once(tiny, script, tmp_path):
         assert ANSWER[:20] in found["runs"][0]["text"]
         assert found["settings"]["model_name"] == "them/tiny" and found["folder"].endswith(hub.COMMIT)
     assert found["folder"] not in ended.out
+
+
+def failure(call, *arguments):
+    """The line that the user reads if this call fails, or None."""
+    try:
+        call(*arguments)
+    except Exception as error:
+        return describe_error(error, Bench(settings()))[0]
+    return None
+
+
+def check(folder, config=None, **constants):
+    """The line about a checkpoint with this config.json, or None if it can be loaded."""
+    if config is not None:
+        (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    s = settings(**{"model_name": "them/it", "weights": "int8"} | constants)
+    return failure(check_checkpoint, s, str(folder), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "line"),
+    [
+        ("qwen2", "Qwen2ForCausalLM", None),
+        ("gpt2", "GPT2LMHeadModel", None),
+        ("llama", "LLaMAForCausalLM", None),  # as early conversions spelt it
+        ("mistral", "MistralModel", None),  # loading tells whether its output is tied
+        ("gemma3", "Gemma3ForConditionalGeneration", None),  # AutoModelForCausalLM takes it
+        ("t5", "T5ForConditionalGeneration", "no causal language model"),
+        ("bert", "BertForMaskedLM", "no causal language model"),
+        ("llama", "LlamaForSequenceClassification", "no causal language model"),
+        ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "a vision-language model"),
+    ],
+)
+def test_what_a_model_is(tmp_path, kind, architecture, line):
+    said = check(tmp_path, {"model_type": kind, "architectures": [architecture]})
+    expected = (
+        f"them/it is a {kind} model ({architecture}), {line}: take one for text, as Qwen2.5 and Llama are"
+    )
+    assert said == (line and expected)
+
+
+def test_what_transformers_does_not_know(tmp_path):
+    unknown = check(tmp_path, {"model_type": "of_2030", "architectures": ["Of2030ForCausalLM"]})
+    assert "this transformers does not know the model's architecture" in unknown
+    assert "should have a `model_type` key" in check(tmp_path, {}).lower()
+    assert "config.json' is not a valid JSON file" in check(tmp_path, "{")
+
+
+def test_a_model_with_code_of_its_own(tmp_path):
+    config = {"model_type": "theirs", "auto_map": {"AutoConfig": "m.C", "AutoModelForCausalLM": "m.M"}}
+    assert "--trust-remote-code" in check(tmp_path, config)
+    config_code = "import transformers\nclass C(transformers.PreTrainedConfig):\n    model_type = 'theirs'\n"
+    (tmp_path / "m.py").write_text(config_code)
+    assert check(tmp_path, config, trust_remote_code=True) is None
+    assert check(tmp_path, config | {"model_type": "qwen2"}) is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "missing"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "pip install gptqmodel optimum"),
+        ({"quant_method": "awq", "bits": 4}, "pip install gptqmodel"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "pip install -U bitsandbytes"),
+        ({"quant_method": "compressed-tensors"}, "pip install compressed-tensors"),
+        ({"quant_method": "of_2030"}, "Unknown quantization type"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None),
+    ],
+)
+def test_checkpoints_that_are_already_quantized(tmp_path, stored, missing):
+    named = f"them/it is already quantized ({stored['quant_method']}): "
+    for config in (
+        {"model_type": "qwen2", "quantization_config": stored},
+        {"model_type": "gemma3", "text_config": {"quantization_config": stored}},
+    ):
+        said = check(tmp_path, config)
+        assert said.startswith(named) and "--weights none" in said
+        said = check(tmp_path, config, weights=None)
+        assert (missing is None and said is None) or (said.startswith(named) and missing in said)
+
+
+def test_checkpoints_that_quanto_saved(tmp_path):
+    expected = "them/it was saved by Quanto, which transformers cannot load: take the unquantized model"
+    in_config = {"model_type": "qwen2", "quantization_config": {"quant_method": "quanto", "weights": "int8"}}
+    assert check(tmp_path, in_config) == check(tmp_path, in_config, weights=None) == expected
+    (tmp_path / "quanto_qmap.json").write_text("{}")
+    assert check(tmp_path, {"model_type": "qwen2"}) == expected
+
+
+def test_an_unquantized_checkpoint_is_fine(tiny):
+    assert check_checkpoint(settings(), tiny, "cpu") is None
+    assert load_tokenizer("tiny", tiny, False)("How").input_ids
+
+
+def test_a_checkpoint_that_runs_as_stored_has_the_size_of_its_files(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    size = (folder / "model.safetensors").stat().st_size
+    assert check_checkpoint(settings(weights=None), str(folder), "cpu") == size
+
+
+def test_damage_is_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    (folder / "tokenizer.json").write_text("{")
+    assert failure(load_tokenizer, "it", folder, False).startswith("it has no usable tokenizer: ")
+    (folder / "tokenizer.json").unlink()
+    assert failure(load_tokenizer, "it", folder, False).startswith("it has no tokenizer (")
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    assert check(folder).startswith(f"{folder}/model.safetensors is damaged (")
+    (folder / "model.safetensors").unlink()
+    assert "lacks model.safetensors or a shard of it" in check(folder)
+
+
+@pytest.mark.parametrize("plain_lines", [True, False])
+def test_a_download_is_told_by_the_bar_ahead_now_and_then(monkeypatch, plain_lines):
+    """Every 30 s where lines stay, else three times a second; never backwards, never of a count of files."""
+    now, said = [100.0], []
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(CHANNEL, "send", lambda **message: said.append(message))
+    kind = progress_bars("getting it", 100, plain_lines)
+    received, written, files = kind(unit="B", total=0), kind(unit="B", total=0), kind(unit="it", total=2)
+    for seconds, bar, count in (
+        (1, received, 10), (29, received, 20), (0, written, 30), (1, written, 10), (30, received, 20),
+        (30, files, 1), (30, written, 70),
+    ):  # fmt: skip
+        now[0] += seconds
+        bar.update(count)
+    shown = [re.match(r"getting it: (.*B) of 100B", m.get("log") or m["status"])[1] for m in said]
+    assert (
+        shown == ["30.0B", "50.0B", "100B"] if plain_lines else ["10.0B", "30.0B", "40.0B", "50.0B", "100B"]
+    )
+    assert all(("log" in message) == plain_lines for message in said)
+    silent = progress_bars("getting it", 0, plain_lines)(unit="B")
+    now[0] += 60
+    silent.update(5)
+    assert len(said) == len(shown)

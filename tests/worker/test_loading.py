@@ -1,26 +1,22 @@
-"""Bytes, loading and Quanto's oddities, on small models."""
+"""Bytes, placing and loading, on small models."""
 
-import inspect
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 import zoo
-from conftest import QUESTION, make_model
-from optimum.quanto.library.extensions import extension
-from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearFunction
+from conftest import make_model
+from models import load
 from results import settings
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, QuantoConfig
 
-from _qwquanto import channel
-from _qwquanto.channel import Failure, describe_error
+from _qwquanto.channel import Failure
 from _qwquanto.results import Result
 from _qwquanto.settings import BITS
 from _qwquanto.verdicts import grave_warnings
 from _qwquanto.worker import loading
-from _qwquanto.worker.checkpoint import check_checkpoint, download_model, load_tokenizer
-from _qwquanto.worker.generation import Bench, run_once
+from _qwquanto.worker.checkpoint import download_model
 from _qwquanto.worker.loading import (
     decode_weight_bytes,
     expected_bytes,
@@ -28,16 +24,31 @@ from _qwquanto.worker.loading import (
     load_model,
     make_meta_model,
     place_model,
+    random_state,
     weight_stats,
 )
-from _qwquanto.worker.measure import tokenize
-from _qwquanto.worker.quality import measure_quality
-from _qwquanto.worker.quanto import linear_layers, patch_quanto
+from _qwquanto.worker.quanto import linear_layers
 
 
-def load(folder, weights):
-    s = settings(model_name=str(folder), weights=None if weights == "none" else weights)
-    return load_model(s, str(folder), make_meta_model(s, str(folder)), ["cpu"])
+def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch, messages):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False, dtype=torch.float32, device="meta"))
+    model.get_output_embeddings = lambda: None
+    free, total = {"cuda:0": 200, "cuda:1": 1000}, [1000]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], *total))
+    model.dtype = torch.float32
+
+    def place():
+        placed, _ = place_model(settings(weights=None), list(free), model, 256)
+        return placed, "tried all the same" in messages[-1]["log"]
+
+    assert place() == (["cuda:1"], False)
+    free["cuda:1"] = 200
+    assert place() == (["cuda:0", "cuda:1"], False)
+    free["cuda:1"] = 10
+    assert place() == (["cuda:0", "cuda:1"], True)
+    total[0] = 100
+    with pytest.raises(Failure, match="need"):
+        place()
 
 
 def by_hand(config, bits, tied):
@@ -115,40 +126,6 @@ def test_a_dense_model_is_none_though_its_configuration_counts_experts():
     assert not has_experts(zoo_model("doge", is_moe=False, num_experts=9))
 
 
-def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
-    def build(*_, **__):
-        raise AssertionError("a compiler was started")
-
-    monkeypatch.setattr(extension, "load", build)
-    patch_quanto()
-    packed = torch.randint(0, 256, (16, 8), dtype=torch.uint8)
-    for bits in (2, 4):
-        parts = [(packed // 2**shift) % 2**bits for shift in range(0, 8, bits)]
-        assert torch.equal(torch.ops.quanto.unpack(packed, bits), torch.cat(parts))
-
-
-def test_upstream_float8_marlin_still_drops_the_bias():
-    """Once this fails, `patch_quanto` may leave "quanto_cuda" alone: Marlin adds the bias (its docstring)."""
-    source = inspect.getsource(MarlinF8QBytesLinearFunction.forward)
-    assert source.count("bias") == 1, "the bias is used now"
-
-
-def test_upstream_int2_still_builds_an_extension(monkeypatch):
-    """Once this fails, `patch_quanto` may leave `unpack` alone."""
-
-    class Started(Exception):
-        pass
-
-    def build(*_, **__):
-        raise Started
-
-    monkeypatch.setattr(extension, "load", build)
-    registered = extension._extensions["quanto_cpp"]
-    monkeypatch.setattr(registered, "_lib", None)
-    with pytest.raises(Started):
-        torch.ops.quanto.unpack(torch.zeros(4, dtype=torch.uint8), 2)
-
-
 def test_random_weights_have_the_modules_and_bytes_of_a_real_load(tmp_path):
     folder = make_model(tmp_path, steps=0)
     for weights in BITS:
@@ -180,23 +157,8 @@ def test_gpt2_has_nothing_to_quantize_and_the_report_says_so(tmp_path):
     assert "NOTHING WAS QUANTIZED" in " ".join(grave_warnings(Result(settings(), **stats)))
 
 
-def test_sharded_and_damaged_checkpoints(tmp_path):
-    folder = make_model(tmp_path, steps=0, max_shard_size="300KB")
-    shards = sorted(tmp_path.glob("model-*.safetensors"))
-    assert len(shards) > 1
-    check_checkpoint(settings(), folder, "cpu")
-    assert weight_stats(load(folder, "int8"), ["cpu"])["quantized_layers"] == 14
-    whole = shards[1].read_bytes()
-    shards[1].write_bytes(whole[:-100])
-    with pytest.raises(Failure, match=f"{shards[1].name} is damaged"):
-        check_checkpoint(settings(), folder, "cpu")
-    shards[1].unlink()
-    with pytest.raises(Failure, match="or a shard of it: download it again"):
-        check_checkpoint(settings(), folder, "cpu")
-
-
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     folder = make_model(tmp_path, steps=0)
     state = load_file(tmp_path / "model.safetensors")
@@ -207,65 +169,12 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
             load(folder, weights)
 
 
-def test_quality_against_an_independent_float64_computation(tiny, tmp_path):
-    """KL and same top token of a forced decode, against one full forward pass in float64."""
-    s = settings(model_name=tiny, quality_tokens=12, compare=("none", "int4"), dtype="float32")
-    models, results, prompt = {}, {}, torch.tensor([[40, 41, 42, 43, 44]])
-    for weights in (None, "int4"):
-        mine = replace(s, weights=weights)
-        models[weights] = load_model(mine, tiny, make_meta_model(mine, tiny), ["cpu"])
-        bench, results[weights] = (
-            Bench(mine, model=models[weights], prompt=prompt, positions_left=100),
-            Result(mine),
-        )
-        results[weights].quality = measure_quality(bench, results[weights], tmp_path)
-    answer = models[None].generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    with torch.no_grad():
-        at = slice(prompt.shape[1] - 1, answer.shape[1] - 1)
-        logits = {w: m(answer).logits[0, at].double() for w, m in models.items()}
-    p, r = (torch.log_softmax(logits[w], -1) for w in (None, "int4"))
-    kl, quality = (p.exp() * (p - r)).sum(-1), results["int4"].quality
-    assert results[None].is_reference and results[None].quality is None
-    assert quality.positions == answer.shape[1] - prompt.shape[1]
-    assert quality.kl_divergence == pytest.approx(kl.mean().item(), rel=1e-3)
-    assert quality.kl_standard_error == pytest.approx(kl.std().item() / len(kl) ** 0.5, rel=1e-3)
-    assert quality.kl_divergence > 1e-4
-    assert quality.same_top_token == pytest.approx((p.argmax(-1) == r.argmax(-1)).double().mean().item())
-
-
-def test_a_seed_gives_its_answer_again(tiny):
-    s = settings(model_name=tiny, question=QUESTION, temperature=5.0)
-    model = load(tiny, "int8")
-    tokenizer = load_tokenizer(tiny, tiny, False)
-    prompt = tokenize(s, tokenizer, model.config)
-    bench = Bench(s, model=model, tokenizer=tokenizer, prompt=prompt, new_tokens=20)
-    answers = [run_once(bench, seed, "run").text for seed in (3, 4, 3)]
-    assert answers[0] == answers[2] != answers[1]
-
-
-def test_a_question_without_room_is_refused(tiny):
-    model, tokenizer = load(tiny, "int8"), load_tokenizer(tiny, tiny, False)
-    count = tokenize(settings(), tokenizer, model.config).shape[1]
-    assert tokenize(settings(max_length=count + 1), tokenizer, model.config).shape[1] == count
-    with pytest.raises(Failure, match=f"has {count} tokens; MAX_LENGTH allows 1 to {count - 1}"):
-        tokenize(settings(max_length=count), tokenizer, model.config)
-    with pytest.raises(Failure, match="the model allows 1 to 4095"):
-        tokenize(settings(question="+" * 9000, compare=("int8",)), tokenizer, model.config)
-
-
 def test_a_configuration_without_dtype_takes_the_checkpoints(tmp_path):
     folder = make_model(tmp_path, steps=0)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert make_meta_model(settings(model_name=folder), folder).dtype == torch.bfloat16
-
-
-def raised(error, step="running the model", advice=""):
-    """What the user is told of an error raised in a step, and whether it is a lack of the machine."""
-    with pytest.raises(type(error)) as found, channel.step(step):
-        raise error
-    return describe_error(found.value, advice)
 
 
 def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
@@ -283,26 +192,6 @@ def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     assert "would fit: int4" in would_fit and "int8" not in would_fit
     assert "fewer tokens" in advice(10**12, "int2")
     assert "fewer tokens" in advice(10**12, None, stored=sizes["int8"])  # quantized already
-    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), cublas, MemoryError()):
-        text = f"out of memory while running the model: {would_fit}"
-        assert raised(error, advice=would_fit) == (text, False)
-
-
-def test_a_model_with_code_of_its_own_names_the_flag():
-    error = ValueError(
-        "The repository contains custom code.\nPlease pass the argument `trust_remote_code=True`"
-    )
-    assert "--trust-remote-code" in raised(error)[0]
-
-
-def test_what_this_machine_lacks_is_unavailable_not_failed():
-    text, unavailable = raised(RuntimeError("InvalidCxxCompiler: No working C++ compiler found"))
-    assert unavailable and "C++ compiler" in text
-    text, unavailable = raised(ValueError("odd: see torch.compiler\nsecond line"), "compiling")
-    assert (
-        not unavailable and text == "ValueError while compiling: odd: see torch.compiler (--debug shows more)"
-    )
 
 
 def test_quantized_model_is_the_one_that_transformers_gives(tiny):
@@ -313,3 +202,27 @@ def test_quantized_model_is_the_one_that_transformers_gives(tiny):
     ids = torch.tensor([[40, 41, 42]])
     with torch.no_grad():
         assert torch.equal(mine(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_random_weights(tiny, tie):
+    config = AutoConfig.from_pretrained(tiny, tie_word_embeddings=tie)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    state = random_state(empty)
+    options = {"config": config, "state_dict": state, "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    model, told = type(empty).from_pretrained(None, **options, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+    stored = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert len(stored) == len(list(model.parameters())), (
+        "parameters share memory: their bytes are counted once"
+    )
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.float().std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(
+        weight, type(empty).from_pretrained(None, **options).model.layers[0].mlp.up_proj.weight
+    )
+    assert (model.model.norm.weight == 1).all()
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()

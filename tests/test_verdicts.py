@@ -1,8 +1,7 @@
-"""The pure parts on hand-made Results: statistics, warnings, judgements, recommendation."""
+"""Warnings, judgements and recommendation on hand-made Results."""
 
 import json
 import math
-import signal
 import statistics
 from dataclasses import replace
 
@@ -10,28 +9,13 @@ import pytest
 from results import GIB, comparison, compiled, compiled_comparison, quality, result, run, runs, settings
 
 from _qwquanto import stats
-from _qwquanto.report import alerts, cudnn_lines, expected_table, host_bound, row_label
+from _qwquanto.report import alerts, expected_table, row_label
 from _qwquanto.results import Benchmark, to_json
 from _qwquanto.stats import (
-    coefficient_of_variation,
-    deviation,
-    gpu_share,
     is_warming_up,
-    joules_per_token,
-    median,
-    meets,
-    pace,
-    peak_bytes,
-    percentile,
-    rates_over_shared_prefix,
-    ratio_interval,
     slows_with_context,
     speed_interval,
-    student_t,
-    utilization,
-    wilson,
 )
-from _qwquanto.supervisor import describe_exit
 from _qwquanto.verdicts import (
     comparability_warnings,
     expectations,
@@ -40,119 +24,6 @@ from _qwquanto.verdicts import (
     recommendation,
     warnings_for,
 )
-
-
-def test_percentiles_interpolate_and_survive_few_values():
-    assert percentile([4.0, 1.0, 3.0, 2.0, 5.0], 50) == 3
-    assert percentile([1.0, 2.0, 3.0, 4.0, 5.0], 90) == pytest.approx(4.6)
-    assert percentile([7.0], 99) == 7 and percentile([], 50) is None
-    assert percentile([2.0, 2.0, 2.0], 99) == 2
-
-
-def test_median_and_deviation_of_what_is_known():
-    assert median([None, 3.0, 1.0]) == 2 and median([None]) is None
-    assert deviation([1.0, None, 3.0]) == pytest.approx(math.sqrt(2)) and deviation([1.0, None]) is None
-
-
-def test_wilson_interval_against_the_textbook():
-    low, high = wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert wilson(0, 20)[0] == pytest.approx(0) and wilson(20, 20)[1] == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"),  # any table of Student's t, 97.5 %
-    [
-        (1, 12.706),
-        (4, 2.7764),
-        (10, 2.2281),
-        (11, 2.2010),
-        (15, 2.1314),
-        (20, 2.0860),
-        (30, 2.0423),
-        (100, 1.9840),
-    ],
-)
-def test_students_t_against_a_table(freedom, quantile):
-    assert quantile * 0.9998 < student_t(freedom) < quantile * 1.001
-
-
-def test_welch_against_a_published_example():
-    """Wikipedia, "Welch's t-test", example 2: t = -1.57 with 9.90 degrees of freedom; here logs of rates."""
-    first = [17.2, 20.9, 22.6, 18.1, 21.7, 21.4, 23.5, 24.2, 14.7, 21.8]
-    second = [21.5, 22.8, 21.0, 23.0, 21.6, 23.6, 22.5, 20.7, 23.4, 21.8]
-    second += [20.7, 21.7, 21.5, 22.5, 23.6, 21.5, 22.5, 23.5, 21.5, 21.8]
-    groups = [[run(math.exp(value)) for value in group] for group in (first, second)]
-    low, high = map(math.log, ratio_interval(*groups))
-    center, half = (low + high) / 2, (high - low) / 2
-    assert center == pytest.approx(statistics.fmean(first) - statistics.fmean(second))
-    assert center / (half / 2.262) == pytest.approx(-1.57, abs=0.005)  # 2.262: Student's t of 9 whole degrees
-
-
-def test_deviation_only_over_the_positions_that_all_runs_reached():
-    long = run(inter_token_s=[0.1] * 39 + [9.0] * 5)
-    assert rates_over_shared_prefix([run(10), long], [run(20)]) == [
-        pytest.approx([10, 10]),
-        pytest.approx([20]),
-    ]
-    assert coefficient_of_variation([run(10), long]) == pytest.approx(0)
-
-
-def test_a_spread_needs_two_runs_of_32_tokens():
-    short = run(10, tokens=31)
-    for few in ([], [run(10)], [run(10), short], [short, short]):
-        assert coefficient_of_variation(few) is None and ratio_interval(few, runs(10, 11)) is None
-        assert any("how steady they are is unknown" in text for text in instability("eager", few, False)) == (
-            len(few) > 1
-        )
-    assert coefficient_of_variation([run(10, tokens=32), run(10, tokens=32), short]) == pytest.approx(0)
-
-
-def test_bandwidths_that_differ_widen_the_interval():
-    base, r = result("none", (10, 10)), result("int8", (10, 10))
-    assert speed_interval(r, base) == pytest.approx((1, 1))
-    r.memory_bytes_per_s = {"cpu": 2.5e10}  # the faster memory may have made a slower one as fast
-    assert speed_interval(r, base) == pytest.approx((0.8, 1))
-    assert speed_interval(base, r) == pytest.approx((1, 1.25))
-    r.memory_bytes_per_s = {}
-    assert speed_interval(r, base) == pytest.approx((1, 1))
-
-
-def test_pace_and_energy():
-    long = run(
-        inter_token_s=[0.1] * 100 + [0.2] * 100, energy_j={"cuda:0": 30.0, "cuda:1": 10.0}, latency_s=0.6
-    )
-    assert pace([long, run()]) == pytest.approx((10, 5)) and pace([run()]) is None
-    assert joules_per_token([long]) is None  # under a second the counter hardly moves
-    assert joules_per_token([long, long]) == pytest.approx(1)
-    assert joules_per_token([long, run()]) is None and joules_per_token([]) is None
-
-
-def test_peak_is_of_tensors_or_of_the_process():
-    peak = {"cuda:0 allocated": 5, "cuda:0 used": 50, "cuda:1 allocated": 6, "rss": 1}
-    assert peak_bytes(result(memory={"peak of runs": peak})) == (11, "tensors")
-    assert peak_bytes(result(memory={"peak of runs": {"rss": 1}})) == (1, "RSS")
-    assert peak_bytes(result(memory={})) == (None, "RSS")
-
-
-def test_utilization_of_devices_that_work_one_after_the_other():
-    held, speeds = {"cuda:0": 30, "cuda:1": 10}, {"cuda:0": 1000.0, "cuda:1": 500.0}
-    r = result(device_weight_bytes=held, memory_bytes_per_s=speeds, bytes_per_token=40)
-    assert utilization(r, runs(10, 10)) == pytest.approx(10 * (30 / 1000 + 10 / 500))
-    assert utilization(r, [run(tokens=1)]) is None
-    assert utilization(replace(r, bytes_per_token=None), runs(10, 10)) is None
-    assert utilization(replace(r, memory_bytes_per_s={"cuda:0": 1000.0}), runs(10)) is None
-
-
-@pytest.mark.parametrize(
-    ("interval", "verdict"),
-    [
-        *[((0.9, 0.95), "met"), ((0.9, 0.9), "met"), ((0.5, 0.899), "not met"), (None, "too close to call")],
-        *[((0.5, 0.9), "too close to call"), ((0.89, 0.91), "too close to call")],
-    ],
-)
-def test_judged_by_the_interval_not_its_middle(interval, verdict):
-    assert meets(interval, 0.9) == verdict
 
 
 @pytest.mark.parametrize(
@@ -179,6 +50,8 @@ def verdicts(*results):
 
 
 MEMORY, SPEED = ("50-60 % less memory than 16 bit", "int8"), ("at least 90 % of the 16-bit speed", "int8")
+
+
 COMPILE = ("model = torch.compile(model): 20-30 % faster", "int8")
 
 
@@ -434,14 +307,6 @@ def test_what_was_not_measured_alike_is_said():
     assert "Memory of cpu delivered 34.0 to 61.0 GB/s" in line and "intervals of speeds are widened" in line
 
 
-def test_a_workers_end_in_words():
-    assert describe_exit(-9) == "its process was killed by SIGKILL (out of memory?)"
-    assert describe_exit(3) == "its process ended with exit code 3"
-    assert describe_exit(-11, "in kernel x") == "its process was killed by SIGSEGV (in kernel x)"
-    number = signal.SIGRTMIN + 1  # has no name
-    assert describe_exit(-number) == f"its process was killed by signal {number}"
-
-
 @pytest.mark.parametrize(
     ("rates", "warms"),
     [
@@ -485,23 +350,3 @@ def test_decode_that_slows_with_context(made, slows):
     assert slows_with_context(made) == slows
     told = [text for text in instability("eager", made, False) if "slows with context" in text]
     assert len(told) == slows and all("at the beginning" in text for text in told)
-
-
-def test_share_of_a_step_in_which_the_gpu_works():
-    r = result(rates=(20, 20), kernel_s=0.01)
-    assert gpu_share(r) == pytest.approx(0.2)
-    assert gpu_share(result(rates=(20, 20))) is None and gpu_share(result(rates=(), kernel_s=0.01)) is None
-    (line, _) = host_bound([r, result("none", rates=(10, 10))])
-    assert "int8 20.0 %" in line and "bf16" not in line and "Python on the host" in line
-    (line, _) = host_bound([result(rates=(20, 20), kernel_s=0.04)])
-    assert "80.0 %" in line and "Python" not in line
-    assert host_bound([result()]) == []
-    warned = [warnings_for(result(rates=(10, 12, 10), kernel_s=s))[0] for s in (0.01, 0.08)]
-    assert "the host" in warned[0] and "busy?" in warned[1]
-
-
-def test_what_cudnn_costs_is_told_where_it_costs():
-    costs = {"first": 0.058, "again": 0.0221}
-    told = " ".join(cudnn_lines([result("none", cudnn_attention_s=costs), result()]))
-    assert "bf16 58.0 instead of 22.1" in told and "enable_cudnn_sdp(False)" in told and "int8" not in told
-    assert cudnn_lines([result(cudnn_attention_s={"first": 0.0225, "again": 0.0221}), result()]) == []

@@ -1,24 +1,39 @@
-"""Every architecture in every precision against a float32 model that holds Quanto's own numbers."""
+"""Every architecture against a float32 model that holds Quanto's own numbers; what is patched, and told."""
 
-import math
 import re
-import subprocess
-import sys
-import textwrap
 
 import optimum.quanto
 import pytest
 import torch
 import zoo
-from conftest import ROOT
+from conftest import ROOT, in_plain_python
+from optimum.quanto.library.extensions import extension
 from results import settings
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
+from zoo import dequantized
 
-from _qwquanto.compiled.prepare import max_positions
-from _qwquanto.worker.loading import load_model, make_meta_model
+from _qwquanto.worker.loading import (
+    load_model,
+    make_meta_model,
+)
 from _qwquanto.worker.quanto import PATCHED, modules_to_skip, patch_quanto, quanto_defects
 
+
+def test_no_extension_is_ever_built_and_unpack_is_quantos(monkeypatch):
+    def build(*_, **__):
+        raise AssertionError("a compiler was started")
+
+    monkeypatch.setattr(extension, "load", build)
+    patch_quanto()
+    packed = torch.randint(0, 256, (16, 8), dtype=torch.uint8)
+    for bits in (2, 4):
+        parts = [(packed // 2**shift) % 2**bits for shift in range(0, 8, bits)]
+        assert torch.equal(torch.ops.quanto.unpack(packed, bits), torch.cat(parts))
+
+
 PRECISIONS = ("float8", "int8", "int4", "int2")
+
+
 PROMPT, ANSWER = 10, 12  # tokens
 
 
@@ -26,20 +41,6 @@ def load(folder, weights):
     """A model as the script loads it."""
     s = settings(device="cpu", model_name=str(folder), weights=weights)
     return load_model(s, str(folder), make_meta_model(s, str(folder)), ["cpu"])
-
-
-def dequantized(weight):
-    """The numbers that a weight of Quanto's stands for, in float32, from its inner tensors."""
-    if hasattr(weight, "_scale_shift"):  # TinyGemm: [groups, rows, 2]
-        number = weight._data.unpack().float().view(len(weight), len(weight._scale_shift), -1)
-        scale, shift = (weight._scale_shift[:, :, i].float().t()[:, :, None] for i in (0, 1))
-        return ((number - 8) * scale + shift).flatten(1)
-    scale = weight._scale.float()
-    if weight._qtype.bits == 8:
-        return weight._data.float() * scale
-    number, shift = weight._data.unpack().float(), weight._shift
-    values = number * scale - shift.float() if shift.is_floating_point() else (number - shift) * scale
-    return values.reshape(weight.shape)
 
 
 def references(folder, quantized):
@@ -145,68 +146,6 @@ def test_float8_survives_a_row_of_zeros():
     assert answer.isfinite().all() and (answer[:, 1] == 0).all()
 
 
-def in_plain_python(code):
-    """(exit code, output) of code in a process of its own, in which nothing is patched."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-INT8 = """
-    import torch
-    torch.manual_seed(0)
-    x, scale = torch.randn(5, {columns} + 1).bfloat16(), torch.full((9,), 0.01).bfloat16()
-    x = x.flatten()[{start}:][:5 * {columns}].view(5, {columns})
-    weight = torch.randint(-127, 128, (9, {columns}), dtype=torch.int8)
-    y = torch._weight_int8pack_mm(x, weight, scale).float()
-    torch.testing.assert_close(y, x.float() @ (weight.float() * 0.01).t(), rtol=0.05, atol=0.05)
-"""
-
-
-def test_upstream_int8_still_fails_on_odd_shapes_and_addresses():
-    """Once this fails, torch is right and `int8_product` may go."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("torch has a kernel without vector instructions for this processor, which is right")
-    assert in_plain_python(INT8.format(columns=64, start=0))[0] == 0
-    for columns, start in ((100, 0), (36, 0), (64, 1)):
-        assert in_plain_python(INT8.format(columns=columns, start=start))[0] != 0, (columns, start)
-
-
-def test_upstream_kernels_still_refuse_shapes_and_strides():
-    """Once this fails, `patch_quanto` may leave TinyGemm alone, or `int8_product` need not copy."""
-    pack, multiply = torch._convert_weight_to_int4pack_for_cpu, torch._weight_int4pack_mm_for_cpu
-    with pytest.raises(RuntimeError, match="16"):
-        pack(torch.zeros(8, 128, dtype=torch.int32), 2)
-    x = torch.ones(128, 3, dtype=torch.bfloat16).t()
-    with pytest.raises(RuntimeError, match="contiguous"):
-        multiply(
-            x, pack(torch.zeros(16, 128, dtype=torch.int32), 2), 128, torch.ones(1, 16, 2, dtype=x.dtype)
-        )
-    with pytest.raises(RuntimeError, match="contiguous"):
-        torch._weight_int8pack_mm(x, torch.zeros(16, 128, dtype=torch.int8), torch.ones(16, dtype=x.dtype))
-
-
-def test_upstream_float8_still_makes_nan_of_a_row_of_zeros():
-    """Once this fails, `patch_quanto` may leave AbsmaxOptimizer alone."""
-    code = """
-        import torch, optimum.quanto as o
-        zeros = torch.zeros(2, 8)
-        print(o.quantize_weight(zeros, o.qfloat8, 0, o.AbsmaxOptimizer()(zeros, o.qfloat8, 0)))
-    """
-    assert "nan" in in_plain_python(code)[1]
-
-
-def test_upstream_int4_still_takes_tinygemm_whatever_the_shape():
-    code = """
-        import torch, optimum.quanto as o
-        layer = o.QLinear.from_module(torch.nn.Linear(256, 8, dtype=torch.bfloat16), weights=o.qint4)
-        layer.freeze()
-    """
-    code, output = in_plain_python(code)
-    assert code != 0 and "16" in output
-
-
 def test_routers_that_inherit_from_linear_are_left_alone_and_nothing_else_is(tmp_path):
     skipped = {"llama4_text": "feed_forward.router", "phimoe": "mlp.router", "falcon": None}
     for name, router in skipped.items():
@@ -243,27 +182,11 @@ def test_quanto_as_shipped_is_left_as_shipped():
     code = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-                from optimum.quanto.library import qbytes_mm
-        mend_quanto(leave_kernels=True)
+        from optimum.quanto.library import qbytes_mm
+        from _qwquanto.worker.quanto import patch_quanto
+        patch_quanto(leave_kernels=True)
         print(hasattr(qbytes_mm, "shipped"))
-        mend_quanto()
+        patch_quanto()
         print(hasattr(qbytes_mm, "shipped"))
     """
     assert in_plain_python(code) == (0, "False\nTrue\n")
-
-
-def test_the_longest_sequence_whatever_it_is_called():
-    limits = {
-        "qwen2": 256,
-        "mpt": 256,
-        "gpt_neox": 256,
-        "gptj": 256,
-        "mamba": math.inf,
-        "bloom": math.inf,
-        "xlstm": math.inf,
-    }
-    assert {name: max_positions(zoo.make_config(name)) for name in limits} == limits
-    assert (
-        max_positions(AutoConfig.for_model("gemma3"))
-        == AutoConfig.for_model("gemma3").text_config.max_position_embeddings
-    )

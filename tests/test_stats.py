@@ -1,0 +1,156 @@
+"""Pure figures of hand-made Results."""
+
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+from results import result, run, runs, settings
+from results import run as run_of
+
+from _qwquanto.results import Result
+from _qwquanto.stats import (
+    coefficient_of_variation,
+    deviation,
+    joules_per_token,
+    median,
+    meets,
+    pace,
+    peak_bytes,
+    percentile,
+    rates_over_shared_prefix,
+    ratio_interval,
+    speed_interval,
+    student_t,
+    utilization,
+    wilson,
+)
+from _qwquanto.verdicts import (
+    instability,
+)
+
+
+def test_percentiles_interpolate_and_survive_few_values():
+    assert percentile([4.0, 1.0, 3.0, 2.0, 5.0], 50) == 3
+    assert percentile([1.0, 2.0, 3.0, 4.0, 5.0], 90) == pytest.approx(4.6)
+    assert percentile([7.0], 99) == 7 and percentile([], 50) is None
+    assert percentile([2.0, 2.0, 2.0], 99) == 2
+
+
+def test_median_and_deviation_of_what_is_known():
+    assert median([None, 3.0, 1.0]) == 2 and median([None]) is None
+    assert deviation([1.0, None, 3.0]) == pytest.approx(math.sqrt(2)) and deviation([1.0, None]) is None
+
+
+def test_wilson_interval_against_the_textbook():
+    low, high = wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson(0, 20)[0] == pytest.approx(0) and wilson(20, 20)[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # any table of Student's t, 97.5 %
+    [
+        (1, 12.706),
+        (4, 2.7764),
+        (10, 2.2281),
+        (11, 2.2010),
+        (15, 2.1314),
+        (20, 2.0860),
+        (30, 2.0423),
+        (100, 1.9840),
+    ],
+)
+def test_students_t_against_a_table(freedom, quantile):
+    assert quantile * 0.9998 < student_t(freedom) < quantile * 1.001
+
+
+def test_welch_against_a_published_example():
+    """Wikipedia, "Welch's t-test", example 2: t = -1.57 with 9.90 degrees of freedom; here logs of rates."""
+    first = [17.2, 20.9, 22.6, 18.1, 21.7, 21.4, 23.5, 24.2, 14.7, 21.8]
+    second = [21.5, 22.8, 21.0, 23.0, 21.6, 23.6, 22.5, 20.7, 23.4, 21.8]
+    second += [20.7, 21.7, 21.5, 22.5, 23.6, 21.5, 22.5, 23.5, 21.5, 21.8]
+    groups = [[run(math.exp(value)) for value in group] for group in (first, second)]
+    low, high = map(math.log, ratio_interval(*groups))
+    center, half = (low + high) / 2, (high - low) / 2
+    assert center == pytest.approx(statistics.fmean(first) - statistics.fmean(second))
+    assert center / (half / 2.262) == pytest.approx(-1.57, abs=0.005)  # 2.262: Student's t of 9 whole degrees
+
+
+def test_deviation_only_over_the_positions_that_all_runs_reached():
+    long = run(inter_token_s=[0.1] * 39 + [9.0] * 5)
+    assert rates_over_shared_prefix([run(10), long], [run(20)]) == [
+        pytest.approx([10, 10]),
+        pytest.approx([20]),
+    ]
+    assert coefficient_of_variation([run(10), long]) == pytest.approx(0)
+
+
+def test_a_spread_needs_two_runs_of_32_tokens():
+    short = run(10, tokens=31)
+    for few in ([], [run(10)], [run(10), short], [short, short]):
+        assert coefficient_of_variation(few) is None and ratio_interval(few, runs(10, 11)) is None
+        assert any("how steady they are is unknown" in text for text in instability("eager", few, False)) == (
+            len(few) > 1
+        )
+    assert coefficient_of_variation([run(10, tokens=32), run(10, tokens=32), short]) == pytest.approx(0)
+
+
+def test_bandwidths_that_differ_widen_the_interval():
+    base, r = result("none", (10, 10)), result("int8", (10, 10))
+    assert speed_interval(r, base) == pytest.approx((1, 1))
+    r.memory_bytes_per_s = {"cpu": 2.5e10}  # the faster memory may have made a slower one as fast
+    assert speed_interval(r, base) == pytest.approx((0.8, 1))
+    assert speed_interval(base, r) == pytest.approx((1, 1.25))
+    r.memory_bytes_per_s = {}
+    assert speed_interval(r, base) == pytest.approx((1, 1))
+
+
+def test_pace_and_energy():
+    long = run(
+        inter_token_s=[0.1] * 100 + [0.2] * 100, energy_j={"cuda:0": 30.0, "cuda:1": 10.0}, latency_s=0.6
+    )
+    assert pace([long, run()]) == pytest.approx((10, 5)) and pace([run()]) is None
+    assert joules_per_token([long]) is None  # under a second the counter hardly moves
+    assert joules_per_token([long, long]) == pytest.approx(1)
+    assert joules_per_token([long, run()]) is None and joules_per_token([]) is None
+
+
+def test_peak_is_of_tensors_or_of_the_process():
+    peak = {"cuda:0 allocated": 5, "cuda:0 used": 50, "cuda:1 allocated": 6, "rss": 1}
+    assert peak_bytes(result(memory={"peak of runs": peak})) == (11, "tensors")
+    assert peak_bytes(result(memory={"peak of runs": {"rss": 1}})) == (1, "RSS")
+    assert peak_bytes(result(memory={})) == (None, "RSS")
+
+
+def test_utilization_of_devices_that_work_one_after_the_other():
+    held, speeds = {"cuda:0": 30, "cuda:1": 10}, {"cuda:0": 1000.0, "cuda:1": 500.0}
+    r = result(device_weight_bytes=held, memory_bytes_per_s=speeds, bytes_per_token=40)
+    assert utilization(r, runs(10, 10)) == pytest.approx(10 * (30 / 1000 + 10 / 500))
+    assert utilization(r, [run(tokens=1)]) is None
+    assert utilization(replace(r, bytes_per_token=None), runs(10, 10)) is None
+    assert utilization(replace(r, memory_bytes_per_s={"cuda:0": 1000.0}), runs(10)) is None
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        *[((0.9, 0.95), "met"), ((0.9, 0.9), "met"), ((0.5, 0.899), "not met"), (None, "too close to call")],
+        *[((0.5, 0.9), "too close to call"), ((0.89, 0.91), "too close to call")],
+    ],
+)
+def test_judged_by_the_interval_not_its_middle(interval, verdict):
+    assert meets(interval, 0.9) == verdict
+
+
+def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time():
+    r = Result(settings(), memory_bytes_per_s={"cuda:0": 3000.0, "cuda:1": 500.0}, bytes_per_token=400)
+    r.device_weight_bytes = {"cuda:0": 300, "cuda:1": 100}
+    assert utilization(r, [run_of(2.0)]) == pytest.approx((0.1 + 0.2) * 2)
+    r.bytes_per_token = 200  # half of them: an untied input embedding
+    assert utilization(r, [run_of(2.0)]) == pytest.approx(0.1 + 0.2)
+    r.bytes_per_token = None
+    assert utilization(r, [run_of(2.0)]) is None
+    r.bytes_per_token = 400
+    del r.memory_bytes_per_s["cuda:1"]
+    assert utilization(r, [run_of(2.0)]) is None
