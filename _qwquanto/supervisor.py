@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ EXIT_GRACE_S = 10  # for a worker to end by itself once it has measured everythi
 # The package is found last, and the user's folder not at all (-P): no file of theirs hides a library's.
 START = f"import sys; sys.path.append({str(Path(__file__).parent.parent)!r}); "
 START += "from _qwquanto.worker import main; main()"
+COMMAND = (sys.executable, "-P", "-c", START)
 
 # The folders of reference answers; the process that made one, and its machine, stand in its name.
 REFERENCE = f"qwquanto-{platform.node()}-"
@@ -69,7 +70,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def start_worker(
-    job: dict[str, Any], errors: Any, stop: Interruption
+    job: dict[str, Any], errors: Any, stop: Interruption, command: Sequence[str]
 ) -> tuple[subprocess.Popen, queue.Queue]:
     """A worker in a session of its own, which Ctrl-C does not reach; and what it says."""
     quiet = {
@@ -80,7 +81,7 @@ def start_worker(
     }
     new_group = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", START],
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if job["debug"] else errors,
@@ -142,10 +143,12 @@ def run_worker(
     stop: Interruption,
     debug: bool,
     folder: str | None = None,
+    command: Sequence[str] = COMMAND,
 ) -> Result:
     """Measure one precision in a process of its own; `save` gets its Result whenever it has grown.
 
-    `folder` has the model's files, if another worker got them already.
+    `folder` has the model's files, if another worker got them already. `command` starts the worker: a test
+    gives one that behaves badly.
 
     However the process ends, the Result holds what it had said, and one line about the end if it was no good
     one. A Result marked complete is complete whatever the process does afterwards.
@@ -153,7 +156,7 @@ def run_worker(
     job = {"settings": dataclasses.asdict(s), "folder": folder, "reference": reference, "debug": debug}
     job["on_terminal"] = view.console.is_terminal
     with tempfile.TemporaryFile() as errors:
-        process, lines = start_worker(job, errors, stop)
+        process, lines = start_worker(job, errors, stop, command)
         result, failure = follow(lines, Result(s), view, save)
         if not (failure or result.complete or result.failure):
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ ANSWER += "entries."
 
 
 def pytest_configure(config):
+    # products of tiny models are ten times faster on one thread, and on a busy machine more than that
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "zoo: the long list of architectures, run by -m zoo alone")
 
@@ -163,24 +164,6 @@ def arguments(flags):
     return argv
 
 
-# an edit for tests that need no measured bandwidth: that takes seconds of a busy machine
-BANDWIDTH = ("min(2**30, memory_of", "min(2**24, memory_of")
-
-
-def edited(folder, *replacements):
-    """The path of a copy of the script with other text in it, for faults that must happen inside a worker."""
-    copy = folder / "qwquanto.py"
-    shutil.copy(SCRIPT, copy)
-    shutil.copytree(ROOT / "_qwquanto", folder / "_qwquanto", ignore=shutil.ignore_patterns("__pycache__"))
-    for old, new in replacements:
-        found = [path for path in (copy, *folder.glob("_qwquanto/**/*.py")) if old in path.read_text("utf-8")]
-        assert len(found) == 1, f"in {len(found)} files: {old}"
-        text = found[0].read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{text.count(old)} times in {found[0].name}: {old}"
-        found[0].write_text(text.replace(old, new), encoding="utf-8")
-    return copy
-
-
 def wait_for(condition, process, seconds=120):
     """What the condition gives, once that is true; the process must live until then."""
     end = monotonic() + seconds
@@ -268,13 +251,17 @@ def messages(monkeypatch):
 
 @pytest.fixture
 def fresh():
-    """Nothing compiled before, and Quanto as the script patches it."""
+    """Nothing compiled before, by two threads, since Inductor writes other code for one; Quanto patched."""
     import torch
 
     from _qwquanto.worker.quanto import patch_quanto
 
     torch._dynamo.reset()
     patch_quanto()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def in_plain_python(code):

@@ -8,7 +8,7 @@ import threading
 import time
 
 import psutil
-from conftest import QUESTION, wait_for
+from conftest import wait_for
 
 
 def worker_of(process):
@@ -16,11 +16,8 @@ def worker_of(process):
 
     def find():
         with contextlib.suppress(psutil.Error):  # one that has just been made, or ended
-            return [
-                c
-                for c in psutil.Process(process.pid).children()
-                if any("_qwquanto.worker" in word for word in c.cmdline())
-            ]
+            children = psutil.Process(process.pid).children()
+            return [c for c in children if c.cmdline() != psutil.Process(process.pid).cmdline()]
 
     return wait_for(find, process)[0]
 
@@ -85,6 +82,3 @@ def check_interrupted(terminal, session):
     assert not wait_for_end(session, 2)
     assert shown.rfind("\x1b[?25l") < shown.rfind("\x1b[?25h"), "the cursor is visible again"
     return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)
-
-
-LONG = {"question": QUESTION, "runs": 300, "temperature": 50.0, "max_length": 400}

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import hub
 import pytest
 import torch
-from conftest import ANSWER, QUESTION, make_model
+from conftest import make_model
 from models import load
 from results import settings
 from safetensors.torch import save_file
@@ -239,26 +239,6 @@ def test_a_download_that_is_killed_keeps_complete_files(models, tmp_path):
         (folder,), _ = get(tmp_path, again.url, MODEL)
     assert names(folder) == wanted
     assert again.downloads == [f"{MODEL}/{LAST}"]
-
-
-def test_a_comparison_asks_the_hub_once(tiny, script, tmp_path):
-    """A push between two precisions would compare two revisions. The settings keep the name asked for."""
-    with hub.serve({"them/tiny": Path(tiny)}) as here:
-        env = {
-            "HF_HOME": str(tmp_path),
-            "HF_ENDPOINT": here.url,
-            "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "127.0.0.1",
-        }
-        flags = {"compare": ("none", "int8"), "compare_tokens": 40, "quality_tokens": 0, "runs": 1}
-        ended = script(env=env, model_name="them/tiny", question=QUESTION, **flags)
-    assert ended.code == 0, ended.err
-    assert here.asked.count("/api/models/them/tiny") == 1
-    assert "them/tiny/model.safetensors" in here.downloads
-    for found in ended.results:
-        assert ANSWER[:20] in found["runs"][0]["text"]
-        assert found["settings"]["model_name"] == "them/tiny" and found["folder"].endswith(hub.COMMIT)
-    assert found["folder"] not in ended.out
 
 
 def failure(call, *arguments):

@@ -7,13 +7,13 @@ import pytest
 import torch
 import zoo
 from conftest import ROOT, in_plain_python
+from models import load
 from optimum.quanto.library.extensions import extension
 from results import settings
 from transformers import AutoModelForCausalLM
 from zoo import dequantized
 
 from _qwquanto.worker.loading import (
-    load_model,
     make_meta_model,
 )
 from _qwquanto.worker.quanto import PATCHED, modules_to_skip, patch_quanto, quanto_defects
@@ -35,12 +35,6 @@ PRECISIONS = ("float8", "int8", "int4", "int2")
 
 
 PROMPT, ANSWER = 10, 12  # tokens
-
-
-def load(folder, weights):
-    """A model as the script loads it."""
-    s = settings(device="cpu", model_name=str(folder), weights=weights)
-    return load_model(s, str(folder), make_meta_model(s, str(folder)), ["cpu"])
 
 
 def references(folder, quantized):
@@ -74,15 +68,6 @@ def compare(folder, weights):
     layers = sum(hasattr(getattr(m, "weight", None), "_qtype") for m in quantized.modules())
     exact, rounded = references(folder, quantized)
     return divergence(exact, quantized), divergence(exact, rounded), layers, quanto_defects(quantized)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products are ten times faster on one thread, and on a busy machine more than that."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 LONG = [pytest.param(name, marks=pytest.mark.zoo) for name in zoo.ZOO if name not in zoo.SHORT]
