@@ -42,7 +42,8 @@ def test_one_precision_reports_and_recites(script, tiny):
     assert found["quantized_layers"] == 14 and found["weight_types"] == {"WeightQBytesTensor": 14}
     assert found["kernels"] == {"aten::_weight_int8pack_mm": 14, "aten::mm": 1}  # each product once
     assert found["generation"]["do_sample"] is False
-    assert set(found["memory"]) == {"before load", "after load", "peak of load", "peak of runs"}
+    phases = {"at start", "before load", "after load", "peak of load", "peak of runs", "peak of prefill"}
+    assert set(found["memory"]) == phases
     rates = [run["decode_tokens_per_s"] for run in found["runs"]]
     reached = found["weight_bytes"] * sum(rates) / 2  # tied embeddings: all weights are read for each token
     assert found["bandwidth_utilization"] * found["memory_bytes_per_s"]["cpu"] == pytest.approx(reached, 0.01)

@@ -44,6 +44,7 @@ class Bench:
     positions_left: float = 0  # that the model has after the prompt
     left_out_cudnn: bool = False  # its attention, see `leave_out_cudnn_attention`
     compiled: Any = None  # the CompiledDecode, once there is one
+    kv_bytes_per_token: float | None = None  # of the latest eager generation
 
 
 def generation_options(bench: Bench) -> dict[str, Any]:
@@ -55,6 +56,26 @@ def generation_options(bench: Bench) -> dict[str, Any]:
     if s.compare:  # all of them: the end is ignored, not forbidden, which costs kernels for every token
         options["eos_token_id"] = None
     return options
+
+
+def cache_bytes_per_token(cache: Any) -> float | None:
+    """Bytes of keys and values that one more token adds to the cache of an eager generation.
+
+    Layers of linear attention hold no keys, and do not grow. None where a window ends the growth of some, or
+    layers hold different numbers of tokens.
+    """
+    layers = getattr(cache, "layers", ())
+    if any(getattr(layer, "is_sliding", False) for layer in layers):
+        return None
+    held = [
+        (layer.keys, layer.values)
+        for layer in layers
+        if isinstance(getattr(layer, "keys", None), torch.Tensor)
+    ]
+    lengths = {keys.shape[-2] for keys, _ in held}
+    if len(lengths) != 1 or 0 in lengths:
+        return None
+    return sum(keys.nbytes + values.nbytes for keys, values in held) / lengths.pop()
 
 
 def generate(
@@ -101,6 +122,8 @@ def generate(
     output = bench.model.generate(prompt, return_dict_in_generate=True, **options)
     synchronize(bench.devices)
     latency_s = time.perf_counter() - begin
+    if not bench.compiled:  # the compiled step's cache has its full length from the beginning
+        bench.kv_bytes_per_token = cache_bytes_per_token(getattr(output, "past_key_values", None))
     new = output.sequences[0, prompt.shape[1] :].tolist()
     first = events[0]
     times = [first.elapsed_time(e) / 1000 if device.type == "cuda" else e - first for e in events[1:]]
@@ -164,10 +187,12 @@ def measure_prefill(bench: Bench, result: Result) -> None:
     tokens = min(PREFILL_TOKENS, max_positions(config) - 1)
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
     begin = time.perf_counter()
-    while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
-        title = f"prefill of {tokens} tokens"
-        _, (ttft_s,), _ = generate(bench, title, prompt=ids, max_new_tokens=1, do_sample=False)
-        rates.append(tokens / ttft_s)
+    with peak_memory(bench.devices, bench.handles) as peak:
+        while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
+            title = f"prefill of {tokens} tokens"
+            _, (ttft_s,), _ = generate(bench, title, prompt=ids, max_new_tokens=1, do_sample=False)
+            rates.append(tokens / ttft_s)
+        result.memory["peak of prefill"] = peak()
     result.prefill_rates = rates[1:] or rates
     result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
     save(result)
