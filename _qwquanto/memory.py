@@ -63,15 +63,15 @@ def round_down(tokens: int) -> str:
 
 
 def fit_on(card: int, results: list[Result]) -> str | None:
-    """ "bf16 9,000 tokens, int8 and int4 all 32,768": what a card of so many GiB holds; None if unknown."""
+    """ "bf16 9,000; int8, int4 all 32,768": what a card of so many GiB holds; None if unknown."""
     groups: dict[str, list[str]] = {}
     for r in results:
         tokens = context_that_fits(r, card * 2**30)
         if tokens is None:
             continue
-        text = f"up to {round_down(tokens)} tokens" if tokens else "not at all"
+        text = round_down(tokens) if tokens else "none"
         whole = tokens and tokens == r.max_positions
-        groups.setdefault(f"all {tokens:,} tokens" if whole else text, []).append(r.label)
+        groups.setdefault(f"all {tokens:,}" if whole else text, []).append(r.label)
     return "; ".join(f"{', '.join(labels)} {text}" for text, labels in groups.items()) or None
 
 
@@ -85,7 +85,8 @@ def fit_line(results: list[Result]) -> list[str]:
         if text := fit_on(card, results):
             cards.setdefault(text, []).append(f"{card}")
     parts = [f"{', '.join(sizes)} GB: {text}" for text, sizes in cards.items()]
-    return [f"Prompt and answer that a card has room for (computed): {'. '.join(parts)}."] if parts else []
+    title = "Tokens of context that a card has room for (computed)"
+    return [f"{title}. {'. '.join(parts)}."] if parts else []
 
 
 def cache_line(results: list[Result]) -> list[str]:

@@ -222,11 +222,11 @@ def test_the_context_that_fits_is_what_a_card_has_left():
 def test_cards_that_hold_the_same_share_a_place():
     bf16, int8 = on_gpu("none", stored=6 * GIB), on_gpu("int8", stored=int(3.3 * GIB))
     big = on_gpu("none", stored=16 * GIB)
-    assert fit_on(8, [bf16, int8]) == "bf16 up to 8,000 tokens; int8 all 32,768 tokens"
-    assert fit_on(8, [big, int8]) == "bf16 not at all; int8 all 32,768 tokens"
+    assert fit_on(8, [bf16, int8]) == "bf16 8,000; int8 all 32,768"
+    assert fit_on(8, [big, int8]) == "bf16 none; int8 all 32,768"
     assert fit_line([bf16, int8]) == [
-        "Prompt and answer that a card has room for (computed): 8 GB: bf16 up to 8,000 tokens;"
-        " int8 all 32,768 tokens. 12, 16, 24 GB: bf16, int8 all 32,768 tokens."
+        "Tokens of context that a card has room for (computed). 8 GB: bf16 8,000; int8 all 32,768."
+        " 12, 16, 24 GB: bf16, int8 all 32,768."
     ]
     assert fit_line([result("none"), result()]) == []
 
