@@ -37,11 +37,11 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
     saved            1 - weights / the same model unquantized, in the dtype it is loaded in
     allocated        bytes in torch's tensors; reserved: what its allocator holds; used: whole device (NVML)
-    peak             of a comparison: used at most in the eager runs, above what was in use before this program
-                     touched the GPU (so CUDA's context counts); on a CPU RSS. Tensors: allocated at most
+    peak             in a comparison: used at most in eager runs, above what was in use before this program
+                     touched the GPU, so CUDA's context counts; RSS on a CPU. Tensors: allocated at most
     KV cache         bytes of keys and values that 1,000 tokens add, from the cache that the runs filled
-    has room for     context of a card: 95 % of its memory less that peak, by what a longer prompt's token adds
-                     (keys, values, activations), as the peaks of two prompts show it
+    has room for     what a card's memory, less 5 % and that peak, holds of a longer prompt: keys, values and
+                     activations a token, as the peaks of a short and of a long prompt show them
     RSS              physical memory of this process: mapped files and freed heap, which glibc keeps, count
                      too, as in a program of yours, so it is not the model
     MBU              memory bandwidth utilization: bytes of weights that decode must read a second over what
@@ -60,8 +60,8 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
 Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one
 reads every weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.
 
-Every claim is judged under the name of who makes it: introductions to Quanto, or Quanto's own README. Take
-the recommendation's rules from advice.py.
+Each claim stands under the name of who makes it: introductions to Quanto, or Quanto's own README. The rules of
+the recommendation stand in advice.py.
 
 Verdicts rest on 95 % intervals: of a ratio of speeds by Welch's method on the logarithms of the rates,
 widened by the ratio of the memory bandwidths that the two processes measured; of KL by its standard error. An

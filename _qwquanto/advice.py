@@ -163,12 +163,11 @@ def without_base(results: list[Result], least: Result) -> str:
         if needed and total and needed > total:
             why = f"{label} does not fit ({gib(needed)} GiB of weights in {gib(total)} GiB)"
     reference = next((r.label for r in results if r.is_reference), "the reference")
-    what = f"it keeps {reference}'s answers"
+    what = f"It keeps {reference}'s answers"
     if least.is_reference:
-        what = "it is the most precise one that ran, and nothing smaller is certain to keep its answers;"
-    return (
-        f"{take(least)}: {why}; {what} {weights_text(least)}, decode {format_3g(eager_rate(least))} tokens/s."
-    )
+        what = "It is the most precise one that ran, and nothing smaller is certain to keep its answers"
+    speed = f"decode {format_3g(eager_rate(least))} tokens/s"
+    return f"{take(least)}: {why}. {what}, {weights_text(least)}, {speed}."
 
 
 def compiled_advice(best: Result, candidates: list[Result]) -> str:

@@ -154,6 +154,14 @@ def gpu_memory(r, kv=36 * 1024, activations=75 * 1024):
     return seen
 
 
+def on_gpu(name, rates=(20, 20), kl=None, stored=2 * GIB, **changes):
+    """A Result on an empty GPU of 80 GiB."""
+    made = result(name, rates, kl, stored, devices=["cuda:0"], memory_bytes_per_s={"cuda:0": 3e12}, **changes)
+    made.memory, made.device_memory_bytes = gpu_memory(made), {"cuda:0": 80 * GIB}
+    made.kv_bytes_per_token, made.max_positions = 36 * 1024, 32768
+    return made
+
+
 def gpu_comparison():
     """The widest: energy, prefill of five digits, a failure, slow and fast precisions."""
     made = compiled_comparison()
