@@ -33,7 +33,7 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     latency          the whole generate() call, device synchronized at both ends
     tokens/s         new tokens / latency: the plain figure that most scripts print
     prefill          512 prompt tokens / time to first token (llama-bench's pp512), measured by itself
-    512+128 s        512 / prefill + 127 / decode: a long question, computed from both eager rates
+    512+128 s        512 / prefill + 127 / decode tokens/s after that prompt: a long question, computed
     weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
     saved            1 - weights / the same model unquantized, in the dtype it is loaded in
     allocated        bytes in torch's tensors; reserved: what its allocator holds; used: whole device (NVML)
@@ -60,8 +60,8 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
 Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one
 reads every weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.
 
-Each claim stands under the name of who makes it: introductions to Quanto, or Quanto's own README. The rules of
-the recommendation stand in advice.py.
+Each claim stands under the name of who makes it: introductions to Quanto, or Quanto's own README. The rules
+of the recommendation stand in advice.py.
 
 Verdicts rest on 95 % intervals: of a ratio of speeds by Welch's method on the logarithms of the rates,
 widened by the ratio of the memory bandwidths that the two processes measured; of KL by its standard error. An

@@ -141,14 +141,17 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     columns += ["x eager", "compile s"] if compiled else ["prefill tok/s", "512+128 s"]
     parts = table(speed_title(results, groups, compiled), [*columns, "MBU %", *["J/tok"] * energy], rows)
     if not compiled:
-        return [*parts, "512+128 s: for 512 prompt tokens and 128 new ones, computed from both rates.", ""]
+        return [*parts, "512+128 s: for 512 prompt tokens and 128 new ones, computed.", ""]
     single = any(len(r.runs) == 1 for r in results)
     return [*parts, "x eager rests on a single eager run.", ""] if single else parts
 
 
 def question_s(r: Result) -> float | None:
-    """Seconds for a prompt of 512 tokens and an answer of 128, eager, by the rates of both."""
-    rate = decode_rate(r.runs)
+    """Seconds for a prompt of 512 tokens and an answer of 128, eager, by the rates of both.
+
+    Decoding is slower after a long prompt: its rate there counts, where it is known.
+    """
+    rate = r.decode_after_prefill_tokens_per_s or decode_rate(r.runs)
     return 512 / r.prefill_tokens_per_s + 127 / rate if rate and r.prefill_tokens_per_s else None
 
 

@@ -103,6 +103,7 @@ class Result:
     prefill_tokens: int | None = None
     prefill_tokens_per_s: float | None = None
     prefill_rates: list[float] = field(default_factory=list)
+    decode_after_prefill_tokens_per_s: float | None = None  # of the tokens after that prompt
     is_reference: bool = False
     quality: Quality | None = None
     notes: list[str] = field(default_factory=list)

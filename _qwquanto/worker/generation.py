@@ -25,6 +25,7 @@ from _qwquanto.worker.loading import NO_FIT_ADVICE
 # A warm-up run lasts until it has reached both, and all of them so long: a GPU machine is slow at first.
 WARMUP_TOKENS, WARMUP_S = 16, 5
 PREFILL_TOKENS, PREFILL_S = 512, 10  # as llama-bench's pp512; seconds after which it is measured no more
+TOKENS_AFTER_PREFILL = 8  # decoded after each of those prompts
 PLANNED_TOKENS = 24  # to see what cuDNN's attention costs: two seconds
 TORCH_COMPILE_S = 300  # that torch.compile(model) may be silent, for the day when it compiles
 
@@ -182,19 +183,29 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
 
 
 def measure_prefill(bench: Bench, result: Result) -> None:
-    """Tokens/s of prefill: random ids, three times after one that does not count; fewer if that is long."""
-    config, rates = bench.model.config.get_text_config(), []
-    tokens = min(PREFILL_TOKENS, max_positions(config) - 1)
+    """Tokens/s of prefill: random ids, three times after one that does not count; fewer if that is long.
+
+    Each goes on for some tokens, where the model has room: decoding is slower after a long prompt.
+    """
+    config = bench.model.config.get_text_config()
+    rates = []
+    gaps = []
+    longest = max_positions(config)
+    tokens = min(PREFILL_TOKENS, longest - 1)
+    options = {"max_new_tokens": min(1 + TOKENS_AFTER_PREFILL, longest - tokens), "eos_token_id": None}
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
     begin = time.perf_counter()
     with peak_memory(bench.devices, bench.handles) as peak:
         while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
             title = f"prefill of {tokens} tokens"
-            _, (ttft_s,), _ = generate(bench, title, prompt=ids, max_new_tokens=1, do_sample=False)
-            rates.append(tokens / ttft_s)
+            _, times, _ = generate(bench, title, prompt=ids, do_sample=False, **options)
+            rates.append(tokens / times[0])
+            gaps.append([b - a for a, b in itertools.pairwise(times)])
         result.memory["peak of prefill"] = peak()
     result.prefill_rates = rates[1:] or rates
     result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
+    after = [gap for those in gaps[1:] or gaps for gap in those]
+    result.decode_after_prefill_tokens_per_s = 1 / statistics.median(after) if after else None
     save(result)
 
 

@@ -103,3 +103,24 @@ def test_prefill_has_a_peak_of_its_own(monkeypatch):
     result = Result(settings())
     measure_prefill(bench, result)
     assert result.memory["peak of prefill"]["rss"] > 0 and result.prefill_tokens == 95
+
+
+def test_decoding_after_a_long_prompt_has_a_rate_of_its_own(monkeypatch):
+    asked = []
+
+    def fake(bench, title, prompt, **options):
+        asked.append((prompt.shape[1], options["max_new_tokens"], options["eos_token_id"]))
+        first, gap = (9.0, 4.0) if len(asked) == 1 else (2.0, 0.5)  # the first does not count
+        return [], [first + i * gap for i in range(options["max_new_tokens"])], 0.0
+
+    monkeypatch.setattr(generation, "generate", fake)
+    for positions, expected in ((2048, 2.0), (516, 2.0), (96, None)):
+        asked.clear()
+        config = LlamaConfig(**SMALL | {"max_position_embeddings": positions})
+        prompt = torch.ones(1, 5, dtype=torch.long)
+        result = Result(settings())
+        measure_prefill(Bench(settings(), model=SimpleNamespace(config=config), prompt=prompt), result)
+        assert result.decode_after_prefill_tokens_per_s == expected
+        tokens = min(512, positions - 1)
+        assert asked == [(tokens, min(9, positions - tokens), None)] * 4
+        assert result.prefill_tokens_per_s == tokens / 2
