@@ -33,9 +33,15 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     latency          the whole generate() call, device synchronized at both ends
     tokens/s         new tokens / latency: the plain figure that most scripts print
     prefill          512 prompt tokens / time to first token (llama-bench's pp512), measured by itself
+    512+128 s        512 / prefill + 127 / decode tokens/s after that prompt: a long question, computed
     weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
     saved            1 - weights / the same model unquantized, in the dtype it is loaded in
     allocated        bytes in torch's tensors; reserved: what its allocator holds; used: whole device (NVML)
+    peak             in a comparison: used at most in eager runs, above what was in use before this program
+                     touched the GPU, so CUDA's context counts; RSS on a CPU. Tensors: allocated at most
+    KV cache         bytes of keys and values that 1,000 tokens add, from the cache that the runs filled
+    has room for     what a card's memory, less 5 % and that peak, holds of a longer prompt: keys, values and
+                     activations a token, as the peaks of a short and of a long prompt show them
     RSS              physical memory of this process: mapped files and freed heap, which glibc keeps, count
                      too, as in a program of yours, so it is not the model
     MBU              memory bandwidth utilization: bytes of weights that decode must read a second over what
@@ -54,6 +60,9 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
 Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one
 reads every weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.
 
+Each claim stands under the name of who makes it: introductions to Quanto, or Quanto's own README. The rules
+of the recommendation stand in advice.py.
+
 Verdicts rest on 95 % intervals: of a ratio of speeds by Welch's method on the logarithms of the rates,
 widened by the ratio of the memory bandwidths that the two processes measured; of KL by its standard error. An
 interval that holds the limit is too close to call. Answers are kept up to 0.05 nats, changed up to 0.5 and
@@ -69,7 +78,8 @@ Where it is done, in the folder _qwquanto beside this file (its __init__.py has 
     the NVML and torch.cuda snapshots  worker/devices.py
     the question, five times           worker/generation.py, in the order of worker/measure.py
     quality in a comparison            worker/quality.py
-    the report                         report.py; its verdicts in verdicts.py, its figures in stats.py
+    the report                         report.py, memory.py; its figures in stats.py and fit.py
+    what the figures mean              claims.py, verdicts.py; which precision to take: advice.py
 
 This program never imports torch: supervisor.py starts a process for each precision that does.
 """

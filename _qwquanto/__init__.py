@@ -1,7 +1,8 @@
 """The rooms of qwquanto.py, private to it: `qwquanto` is the public name.
 
     settings results stats text channel    the ground, for both processes; the standard library alone
-    verdicts report console supervisor     the program: no torch; rich in `console` only
+    verdicts claims advice fit memory      the program: no torch; rich in `console` only
+    report console saved supervisor
     worker/                                the process that loads and measures: torch, never rich
     compiled/                              the compiled decode step: of this package it knows Failure alone
 

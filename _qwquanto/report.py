@@ -6,7 +6,9 @@ import errno
 import sys
 from typing import Any
 
+from _qwquanto.claims import expectations
 from _qwquanto.console import bars, discard, escape, render, save_report, table
+from _qwquanto.memory import comparison_memory, memory_table
 from _qwquanto.results import Benchmark, Result, Run, to_json
 from _qwquanto.settings import SHORT_DTYPES, Settings
 from _qwquanto.stats import (
@@ -19,19 +21,18 @@ from _qwquanto.stats import (
     joules_per_token,
     median,
     pace,
-    peak_bytes,
     percentile,
     saving,
 )
-from _qwquanto.text import format_3g, gib, kl_text, percent, plural, plus_minus, rate_text, spread_text
+from _qwquanto.text import format_3g, kl_text, percent, plural, plus_minus, rate_text, row_label, spread_text
 from _qwquanto.verdicts import (
     HOST_BOUND,
     PLANNING,
     comparability_warnings,
-    expectations,
     grave_warnings,
     recommendation,
     reference_of,
+    untested,
     warnings_for,
 )
 
@@ -43,7 +44,7 @@ def report(benchmark: Benchmark) -> list[Any]:
     compared = bool(first.settings.compare)
     compiled = any(r.compiled for r in results)
     parts = [heading(first), *(recommendation(results) if compared else single_headline(first)), ""]
-    for block in (hardware(first), alerts(benchmark)):
+    for block in (hardware(first) + untested(first), alerts(benchmark)):
         parts += [*block, ""] if block else []
     parts += speed_table(results) + host_bound(results)
     parts += speed_table(results, compiled=True) if compiled else []
@@ -59,7 +60,7 @@ def heading(r: Result) -> str:
     size = f", {format_3g(r.parameters, 1e9)} B parameters" if r.parameters else ""
     form = ("comparison" if s.compare else r.label) + (", eager and compiled" if s.compile else "")
     place = f", on {', '.join(r.devices)}" if r.devices else ""
-    return f"[bold]# {escape(s.model_name)}: {form}[/]{size}{place}"
+    return f"[bold]# {escape(s.model_name)}: {form}[/]{size}{place}, batch 1"
 
 
 def single_headline(r: Result) -> list[str]:
@@ -69,7 +70,9 @@ def single_headline(r: Result) -> list[str]:
     rate, ttft = decode_rate(r.timed_runs), median(run.ttft_s for run in r.timed_runs)
     how = " in this script's compiled step" if r.timed_runs is not r.runs else ""
     parts = [f"{format_3g(rate)} tokens/s{how}" if rate else "no speed (answers of one token)"]
-    parts += [f"first token after {format_3g(ttft)} s", f"weights {format_3g(r.weight_bytes, 1e6)} MB"]
+    shown = f"{format_3g(ttft, 0.001)} ms" if ttft < 1 else f"{format_3g(ttft)} s"
+    read = " (the prompt is read eagerly)" * bool(how)
+    parts += [f"first token after {shown}{read}", f"weights {format_3g(r.weight_bytes, 1e6)} MB"]
     if r.settings.weights:
         parts.append(f"{percent(saving(r))} % less than {SHORT_DTYPES.get(r.dtype, 'unquantized')}")
     return [f"[bold green]{r.label}:[/] {', '.join(parts)}."]
@@ -109,13 +112,6 @@ def alerts(benchmark: Benchmark) -> list[str]:
     return lines
 
 
-def row_label(r: Result, compiled: bool = False) -> str:
-    """A row's name, marked if what it shows failed or was not finished."""
-    if r.complete or (r.eager_complete and not compiled):
-        return r.label
-    return f"{r.label} [red]✗[/]" if r.failure else f"{r.label} [yellow]…[/]"
-
-
 def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     """Speeds, eager or in the compiled step."""
     groups = [(r.compiled.runs if r.compiled else []) if compiled else r.runs for r in results]
@@ -138,12 +134,25 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
             row.append(format_3g(measured and measured.seconds))
         else:
             row.append(plus_minus(r.prefill_tokens_per_s, deviation(r.prefill_rates)))
-            row.append(spread_text([run.ttft_s for run in runs], 0.001))
+            row.append(format_3g(question_s(r)))
         row.append(percent(measured and measured.bandwidth_utilization))
         rows.append(row + [format_3g(joules_per_token(runs))] * energy)
     columns = ["weights", "decode tok/s", *["speed-up"] * bool(base)]
-    columns += ["x eager", "compile s"] if compiled else ["prefill tok/s", "TTFT ms"]
-    return table(speed_title(results, groups, compiled), [*columns, "MBU %", *["J/tok"] * energy], rows)
+    columns += ["x eager", "compile s"] if compiled else ["prefill tok/s", "512+128 s"]
+    parts = table(speed_title(results, groups, compiled), [*columns, "MBU %", *["J/tok"] * energy], rows)
+    if not compiled:
+        return [*parts, "512+128 s: for 512 prompt tokens and 128 new ones, computed.", ""]
+    single = any(len(r.runs) == 1 for r in results)
+    return [*parts, "x eager rests on a single eager run.", ""] if single else parts
+
+
+def question_s(r: Result) -> float | None:
+    """Seconds for a prompt of 512 tokens and an answer of 128, eager, by the rates of both.
+
+    Decoding is slower after a long prompt: its rate there counts, where it is known.
+    """
+    rate = r.decode_after_prefill_tokens_per_s or decode_rate(r.runs)
+    return 512 / r.prefill_tokens_per_s + 127 / rate if rate and r.prefill_tokens_per_s else None
 
 
 def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) -> str:
@@ -152,7 +161,8 @@ def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) 
     tokens = max((run.generated_tokens for runs in groups for run in runs), default=0)
     made = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else plural(counts[0], "run")
     title = next((r.compiled.way for r in results if r.compiled), "") if compiled else "Speed, eager"
-    return f"{title[:1].upper()}{title[1:]}: medians of {made} of up to {plural(tokens, 'new token')}"
+    made = "one run" if counts == [1] else f"medians of {made}"
+    return f"{title[:1].upper()}{title[1:]}: {made} of up to {plural(tokens, 'new token')}"
 
 
 def host_bound(results: list[Result]) -> list[str]:
@@ -185,7 +195,11 @@ def runs_table(r: Result) -> list[Any]:
         rows.append([name, ended, str(run.generated_tokens), format_3g(run.ttft_s, 0.001), *rest])
     used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
     title = f"Runs: {runs[0].prompt_tokens} prompt tokens ({used})"
-    facts = [f"{kinds[-1]}latency {spread_text(run.latency_s for run in runs)} s".capitalize()]
+    latency = f"latency {spread_text(run.latency_s for run in runs)} s"
+    if all(run.stop_reason == "time" for run in runs):
+        latency = "runs all ended by MAX_SECONDS"
+    facts = [f"{kinds[-1]}{latency}"]
+    facts[0] = facts[0][0].upper() + facts[0][1:]
     facts += [f"{spread_text(run.tokens_per_s for run in runs)} tokens/s of the whole call"]
     if gaps := [gap for run in runs for gap in run.inter_token_s]:
         shown = ", ".join(format_3g(percentile(gaps, p), 0.001) for p in (50, 90, 99))
@@ -196,46 +210,6 @@ def runs_table(r: Result) -> list[Any]:
         delivers = format_3g(min(r.memory_bytes_per_s.values()), 1e9)
         facts.append(f"this device's memory delivers {delivers} GB/s")
     return [*table(title, columns, rows, left=2), "; ".join(facts) + ".", ""]
-
-
-def memory_table(r: Result) -> list[Any]:
-    """Every phase of memory, a row each kind; and the weights in two sentences."""
-    phases = ("before load", "after load", "peak of load", "peak of runs")
-    named = lambda name: name.replace("used", "used by all").replace("rss", "process RSS")
-    sizes = lambda name: [gib(r.memory.get(phase, {}).get(name)) for phase in phases]
-    rows = [[named(name), *sizes(name)] for name in r.memory.get(phases[0], ())]
-    parts = table("Memory", ("GiB", *phases), rows) if rows else []
-    if r.weight_bytes is None:
-        return parts
-    kinds = ", ".join(f"{count} {kind}" for kind, count in r.weight_types.items())
-    quantized = f"Quantized: {r.quantized_layers} of {r.linear_layers} linear layers"
-    quantized += f" ({kinds})" if kinds else ""
-    if r.skipped_layers:
-        quantized += f"; {plural(r.skipped_layers, 'layer')} with a forward of its own left alone"
-    stored = f"[bold]Weights: {r.weight_bytes / 1e6:,.2f} MB stored[/]"
-    stored += f"; unquantized {r.unquantized_bytes / 1e6:,.2f} MB: {percent(saving(r))} % saved"
-    peaks = [f"{named(name)} {gib(size)}" for name, size in r.memory.get("peak of compiled runs", {}).items()]
-    step = [f"Peak in the compiled step: {', '.join(peaks)} GiB."] if peaks else []
-    return [*parts, *step, f"{stored}. Loaded in {format_3g(r.load_s)} s.", quantized + ".", ""]
-
-
-def comparison_memory(results: list[Result]) -> list[Any]:
-    """Stored weights, and the peak of tensors or, without torch's count, of RSS; energy has room here."""
-    sizes = [r.weight_bytes for r in results]
-    peaks = [peak_bytes(r) for r in results]
-    rows = []
-    kinds = {kind for size, kind in peaks if size}
-    joules = [joules_per_token(r.runs) for r in results]
-    for i, (r, cell) in enumerate(zip(results, bars(sizes, [*map(gib, sizes)]), strict=True)):
-        peak, kind = peaks[i]
-        shown = gib(peak) + (f" {kind}" if peak and len(kinds) > 1 else "")
-        row = [row_label(r), cell, percent(saving(r)), shown, format_3g(r.load_s)]
-        rows.append(row + [format_3g(joules[i])] * any(joules))
-    title = f"Memory in GiB (peak of runs: {' or '.join(sorted(kinds)) or 'unknown'})"
-    columns = ("weights", "stored", "saved %", "peak", "load s", *["eager J/tok"] * any(joules))
-    said = "RSS counts libraries and freed memory too, so it hides what a small model saves:"
-    said += " go by what is stored."
-    return table(title, columns, rows) + ([said, ""] if "RSS" in kinds else [])
 
 
 def comparison_quality(results: list[Result]) -> list[Any]:
@@ -259,17 +233,17 @@ def comparison_quality(results: list[Result]) -> list[Any]:
 
 
 def expected_table(results: list[Result]) -> list[Any]:
-    """What introductions to Quanto tell users to expect, against what was measured here."""
-    marks = {"met": "[green]✓ met[/]", "not met": "[red]✗ not met[/]"}
+    """What users are told to expect of Quanto, and by whom, against what was measured here."""
+    marks = {"met": "[green]✓ met[/]", "not met": "[red]✗ not met[/]", "no claim": "[dim]– no claim[/]"}
     rows, reasons = [], []
     for e in expectations(results):
-        rows.append([e.expected, e.of, e.measured, marks.get(e.verdict, f"[yellow]? {e.verdict}[/]")])
+        rows.append([e.by, e.expected, e.of, e.measured, marks.get(e.verdict, f"[yellow]? {e.verdict}[/]")])
         reasons += [e.reason] if e.reason and e.verdict == "not met" else []
     if not rows:
         return []
-    title = "Expected of Quanto, and measured"
-    columns = ("expected", "of", "measured", "verdict")
-    return table(title, columns, rows, left=4) + reasons + [""] * bool(reasons)
+    title = "Expected of Quanto by introductions (intros) and its own README (Quanto)"
+    columns = ("by", "expected", "of", "measured", "verdict")
+    return table(title, columns, rows, left=5) + reasons + [""] * bool(reasons)
 
 
 def kernel_lines(results: list[Result]) -> list[Any]:

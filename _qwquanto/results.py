@@ -90,6 +90,9 @@ class Result:
         default_factory=dict
     )  # of Quanto as shipped with this model on this machine
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # phase -> name -> bytes, see `snapshot`
+    device_memory_bytes: dict[str, int] = field(default_factory=dict)  # device -> bytes that it has
+    kv_bytes_per_token: float | None = None  # of the eager cache; None where not every layer grows alike
+    max_positions: int | None = None  # tokens that the model takes; None: no limit is known
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)  # eager
     bytes_per_token: int | None = None  # weights that a decode step reads, see `decode_weight_bytes`
@@ -100,6 +103,7 @@ class Result:
     prefill_tokens: int | None = None
     prefill_tokens_per_s: float | None = None
     prefill_rates: list[float] = field(default_factory=list)
+    decode_after_prefill_tokens_per_s: float | None = None  # of the tokens after that prompt
     is_reference: bool = False
     quality: Quality | None = None
     notes: list[str] = field(default_factory=list)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from _qwquanto.results import Quality, Run
+from _qwquanto.results import Quality, Result, Run
 from _qwquanto.stats import coefficient_of_variation, decode_rate, deviation, median
+
+
+def row_label(r: Result, compiled: bool = False) -> str:
+    """A row's name, marked if what it shows failed or was not finished."""
+    if r.complete or (r.eager_complete and not compiled):
+        return r.label
+    return f"{r.label} [red]✗[/]" if r.failure else f"{r.label} [yellow]…[/]"
 
 
 def format_3g(value: float | None, scale: float = 1) -> str:
@@ -17,11 +24,14 @@ def format_3g(value: float | None, scale: float = 1) -> str:
 
 
 def plus_minus(value: float | None, spread: float | None, scale: float = 1) -> str:
-    """A figure and its spread, "24.1 ±0.3"; the spread as fine as the figure."""
+    """A figure and its spread, "24.1 ±0.3", equally fine; a decimal more where the spread would be 0."""
     text = format_3g(value, scale)
     if value is None or spread is None:
         return text
     decimals = len(text.partition(".")[2])
+    if 0 < spread / scale < 0.5 * 10**-decimals:
+        decimals += 1
+        text = f"{value / scale:.{decimals}f}"
     return f"{text} ±{spread / scale:.{decimals}f}"
 
 
@@ -32,6 +42,10 @@ def plural(number: int, noun: str) -> str:
 
 def gib(value: float | None) -> str:
     return format_3g(value, 2**30)
+
+
+def mib(value: float | None) -> str:
+    return format_3g(value, 2**20)
 
 
 def percent(value: float | None) -> str:

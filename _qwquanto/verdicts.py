@@ -1,15 +1,14 @@
-"""What the figures mean: warnings, what is expected of Quanto, the recommendation. Pure."""
+"""What the figures mean: warnings, and the headline of a comparison. Pure."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 
+from _qwquanto.advice import advice
 from _qwquanto.results import Result, Run
 from _qwquanto.stats import (
     KL_KEPT,
     MIN_RATE_TOKENS,
-    SAME_SPEED_RATIO,
     UNSTABLE,
     answer_quality,
     coefficient_of_variation,
@@ -19,19 +18,19 @@ from _qwquanto.stats import (
     is_float32,
     is_warming_up,
     kl_interval,
-    meets,
     pace,
-    peak_bytes,
     rates_over_shared_prefix,
-    saving,
     slows_with_context,
     speed_interval,
 )
-from _qwquanto.text import format_3g, gib, interval_text, kl_text, percent, plural
+from _qwquanto.text import format_3g, gib, kl_text, percent, plural
 
 MIN_POSITIONS = 100  # of a KL: llama-perplexity prints no statistics on fewer
 PLANNING = 1.2  # times the time of a token that a new context length must cost to be told
 HOST_BOUND = 0.5  # share of an eager step under which the GPU mostly waits for the host
+MPS_UNTRIED = "Never run by the authors on MPS: your --results file is welcome in an issue."
+# of the GPU tests' last run (tests/test_gpu.py); the versions that requirements.txt pins ran on CPUs
+GPU_TESTED = {"torch": "2.11.0+cu130", "transformers": "5.17.0"}
 
 
 def grave_warnings(r: Result) -> list[str]:
@@ -80,7 +79,7 @@ def instability(kind: str, runs: list[Run], same_work: bool, host_bound: bool = 
     """What is unsteady about some runs, and whether that could be judged at all."""
     found, variation = [], coefficient_of_variation(runs)
     if same_work and any(run.stop_reason == "time" for run in runs):
-        found.append(f"The {kind} runs were ended by MAX_SECONDS: less work than the others did.")
+        found.append(f"The {kind} runs were ended by MAX_SECONDS, short of COMPARE_TOKENS.")
     if variation is None:
         unknown = (
             f"Fewer than two {kind} runs reached {MIN_RATE_TOKENS} tokens: how steady they are is unknown."
@@ -121,79 +120,15 @@ def comparability_warnings(results: list[Result]) -> list[str]:
     return found
 
 
-@dataclass
-class Expectation:
-    """What introductions to Quanto tell users, what was measured here, and why it differs, if known."""
-
-    expected: str
-    of: str  # precision
-    measured: str
-    verdict: str  # met, not met, too close to call, unknown
-    reason: str = ""
-
-
-def expectations(results: list[Result]) -> list[Expectation]:
-    """One per claim whose precisions were measured."""
-    by_name = {r.name: r for r in results}
-    base, int8, float8, int4 = map(by_name.get, ("none", "int8", "float8", "int4"))
-    found = []
-    if int8 and int8.weight_bytes and not is_float32(int8):
-        found.append(expected_memory(int8, base))
-        if base and base.devices == int8.devices and decode_rate(base.runs) and decode_rate(int8.runs):
-            interval = speed_interval(int8, base)
-            ratio = percent(decode_rate(int8.runs) / decode_rate(base.runs))
-            measured = f"{ratio} %{interval_text(interval, percent)}, both eager"
-            why = "Speed: eager Quanto calls Python for every layer"
-            on_cuda = int8.devices[0].startswith("cuda")
-            why += (
-                ", and widens 8-bit weights on every call." if on_cuda else ", which small models feel most."
-            )
-            found.append(
-                Expectation("at least 90 % of the 16-bit speed", "int8", measured, meets(interval, 0.9), why)
-            )
-    for r in results:
-        if r.quality and r.settings.weights:
-            low, high = kl_interval(r.quality)
-            said = meets((-high, -low), -KL_KEPT)
-            found.append(Expectation("answers very close", r.label, f"KL {kl_text(r.quality)}", said))
-    if int8 and int8.torch_compile_graphs is not None:
-        found.append(expected_torch_compile(int8))
-    both = [r.quality for r in (float8, int8) if r and r.quality]
-    if len(both) == 2 and both[0].reference == both[1].reference:
-        (low, high), (least, most) = map(kl_interval, both)
-        said = meets((least - high, most - low), 0)
-        measured = f"KL {kl_text(both[0])} against {kl_text(both[1])}"
-        found.append(Expectation("more exact than int8", "float8", measured, said))
-    if int8 and int4 and int8.weight_bytes and int4.weight_bytes:
-        measured = f"{gib(int4.weight_bytes)} GiB stored against {gib(int8.weight_bytes)}"
-        said = "met" if int4.weight_bytes < int8.weight_bytes else "not met"
-        found.append(Expectation("less memory still than int8", "int4", measured, said))
-    return found
-
-
-def expected_memory(int8: Result, base: Result | None) -> Expectation:
-    """Judged by the stored weights, which are exact; memory in use stands beside them."""
-    used, kind = peak_bytes(int8)
-    before, base_kind = peak_bytes(base) if base else (None, "")
-    measured = f"{percent(saving(int8))} % of the stored weights"
-    if used:
-        measured += f"; peak of {kind} {gib(used)} GiB"
-        measured += f" against {gib(before)}" if before and kind == base_kind else ""
-    bits = 8 * int8.unquantized_bytes / int8.parameters
-    most = percent(int8.quantizable_bytes / int8.unquantized_bytes * (1 - 8 / bits))
-    why = f"Memory: embeddings and output layer stay as stored, so 8 bits save at most {most} % here."
-    said = "met" if saving(int8) >= 0.5 else "not met"
-    return Expectation("50-60 % less memory than 16 bit", "int8", measured, said, why)
-
-
-def expected_torch_compile(r: Result) -> Expectation:
-    """Not timed: where torch captured no graph, what ran was the model as it is."""
-    claim = "model = torch.compile(model): 20-30 % faster"
-    graphs = r.torch_compile_graphs
-    if graphs:
-        return Expectation(claim, r.label, f"{plural(graphs, 'graph')} compiled, not timed", "unknown")
-    why = "torch.compile: generate() runs the module inside the wrapper, so nothing is compiled"
-    return Expectation(claim, r.label, "no effect: 0 graphs compiled", "not met", f"{why} (pytorch #161743).")
+def untested(r: Result) -> list[str]:
+    """What of this machine the authors' tests have not run on."""
+    if "mps" in r.devices:
+        return [MPS_UNTRIED]
+    seen = {name: r.environment.get(name) for name in GPU_TESTED}
+    if not any(d.startswith("cuda") for d in r.devices) or None in seen.values() or seen == GPU_TESTED:
+        return []
+    last = ", ".join(f"{name} {version}" for name, version in GPU_TESTED.items())
+    return [f"This script's GPU tests last ran with {last}; other versions have run on CPUs only."]
 
 
 def reference_of(results: list[Result]) -> str:
@@ -207,12 +142,11 @@ def recommendation(results: list[Result]) -> list[str]:
     Only what was measured to its end is recommended.
     """
     done = [r for r in results if r.eager_complete and r.weight_bytes and decode_rate(r.runs)]
-    kept = [r for r in done if answer_quality(r) == "kept"]
     if not done:
         return []
     lines = []
-    if kept:
-        lines.append(recommended(kept, next((r for r in done if r.name == "none"), None)))
+    if advised := advice(results, done):
+        lines.append(advised)
     elif any(r.quality for r in done):
         lines.append(f"[bold]No precision is certain to keep {reference_of(results)}'s answers.[/]")
     elif len(done) == 1 and done[0].is_reference:
@@ -241,25 +175,3 @@ def recommendation(results: list[Result]) -> list[str]:
     if left_out := [r.label for r in results if not r.eager_complete]:
         lines.append(f"[bold yellow]Not measured to the end, so left out here: {', '.join(left_out)}.[/]")
     return lines
-
-
-def recommended(kept: list[Result], base: Result | None) -> str:
-    """The smallest, or of those of its size the fastest; a percent of memory is no difference."""
-    least = min(r.weight_bytes for r in kept)
-    best = max((r for r in kept if r.weight_bytes <= 1.01 * least), key=lambda r: decode_rate(r.runs))
-    rate = decode_rate(best.runs)
-    line = f"[bold green]Smallest that keeps the answers: {best.label}[/], {gib(best.weight_bytes)} GiB"
-    line += f" of weights ({percent(saving(best))} % saved), decode {format_3g(rate)} tokens/s"
-    if base and base is not best and base.devices == best.devices:
-        line += f", {format_3g(rate / decode_rate(base.runs))} times {base.label}'s speed"
-        if best.prefill_tokens_per_s and base.prefill_tokens_per_s:
-            slower = base.prefill_tokens_per_s / best.prefill_tokens_per_s
-            link = "but" if rate > decode_rate(base.runs) else "and"
-            line += (
-                f" ({link} prompts are read {format_3g(slower)} times slower)"
-                if slower > SAME_SPEED_RATIO
-                else ""
-            )
-    if best.compiled and decode_rate(best.compiled.runs):
-        line += f"; in this script's compiled step: {format_3g(decode_rate(best.compiled.runs))} tokens/s"
-    return line + "."

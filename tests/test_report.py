@@ -86,7 +86,7 @@ def test_80_columns_hold_all_that_a_pipe_gets(kind):
 def test_a_result_of_nothing_but_a_failure_has_a_report():
     lost = Result(settings(), failure="no such model")
     assert piped(Benchmark([lost])).split("\n\n")[:2] == [
-        "# Qwen/Qwen2.5-3B: int8",
+        "# Qwen/Qwen2.5-3B: int8, batch 1",
         "FAILED: no such model",
     ]
     assert "### Speed" not in piped(Benchmark([lost]))

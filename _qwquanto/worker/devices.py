@@ -81,6 +81,15 @@ def device_memory_used(handle: Any) -> int:
     return pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).used
 
 
+def gpu_memory_in_use() -> dict[str, int]:
+    """Bytes in use on each GPU, by NVML; empty where it cannot tell. Asked before this process touches one:
+    CUDA's context, some 0.6 GiB, then counts as the program's.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    handles, _ = nvml_handles([f"cuda:{i}" for i in range(count)])
+    return {device: device_memory_used(handle) for device, handle in handles.items()}
+
+
 def energy_j(handles: dict[str, Any]) -> dict[str, float]:
     """Joules that each GPU has used since its driver was loaded (Volta and newer); empty without a count."""
     try:

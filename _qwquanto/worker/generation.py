@@ -25,6 +25,7 @@ from _qwquanto.worker.loading import NO_FIT_ADVICE
 # A warm-up run lasts until it has reached both, and all of them so long: a GPU machine is slow at first.
 WARMUP_TOKENS, WARMUP_S = 16, 5
 PREFILL_TOKENS, PREFILL_S = 512, 10  # as llama-bench's pp512; seconds after which it is measured no more
+TOKENS_AFTER_PREFILL = 8  # decoded after each of those prompts
 PLANNED_TOKENS = 24  # to see what cuDNN's attention costs: two seconds
 TORCH_COMPILE_S = 300  # that torch.compile(model) may be silent, for the day when it compiles
 
@@ -44,6 +45,7 @@ class Bench:
     positions_left: float = 0  # that the model has after the prompt
     left_out_cudnn: bool = False  # its attention, see `leave_out_cudnn_attention`
     compiled: Any = None  # the CompiledDecode, once there is one
+    kv_bytes_per_token: float | None = None  # of the latest eager generation
 
 
 def generation_options(bench: Bench) -> dict[str, Any]:
@@ -55,6 +57,26 @@ def generation_options(bench: Bench) -> dict[str, Any]:
     if s.compare:  # all of them: the end is ignored, not forbidden, which costs kernels for every token
         options["eos_token_id"] = None
     return options
+
+
+def cache_bytes_per_token(cache: Any) -> float | None:
+    """Bytes of keys and values that one more token adds to the cache of an eager generation.
+
+    Layers of linear attention hold no keys, and do not grow. None where a window ends the growth of some, or
+    layers hold different numbers of tokens.
+    """
+    layers = getattr(cache, "layers", ())
+    if any(getattr(layer, "is_sliding", False) for layer in layers):
+        return None
+    held = [
+        (layer.keys, layer.values)
+        for layer in layers
+        if isinstance(getattr(layer, "keys", None), torch.Tensor)
+    ]
+    lengths = {keys.shape[-2] for keys, _ in held}
+    if len(lengths) != 1 or 0 in lengths:
+        return None
+    return sum(keys.nbytes + values.nbytes for keys, values in held) / lengths.pop()
 
 
 def generate(
@@ -101,6 +123,8 @@ def generate(
     output = bench.model.generate(prompt, return_dict_in_generate=True, **options)
     synchronize(bench.devices)
     latency_s = time.perf_counter() - begin
+    if not bench.compiled:  # the compiled step's cache has its full length from the beginning
+        bench.kv_bytes_per_token = cache_bytes_per_token(getattr(output, "past_key_values", None))
     new = output.sequences[0, prompt.shape[1] :].tolist()
     first = events[0]
     times = [first.elapsed_time(e) / 1000 if device.type == "cuda" else e - first for e in events[1:]]
@@ -159,17 +183,29 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
 
 
 def measure_prefill(bench: Bench, result: Result) -> None:
-    """Tokens/s of prefill: random ids, three times after one that does not count; fewer if that is long."""
-    config, rates = bench.model.config.get_text_config(), []
-    tokens = min(PREFILL_TOKENS, max_positions(config) - 1)
+    """Tokens/s of prefill: random ids, three times after one that does not count; fewer if that is long.
+
+    Each goes on for some tokens, where the model has room: decoding is slower after a long prompt.
+    """
+    config = bench.model.config.get_text_config()
+    rates = []
+    gaps = []
+    longest = max_positions(config)
+    tokens = min(PREFILL_TOKENS, longest - 1)
+    options = {"max_new_tokens": min(1 + TOKENS_AFTER_PREFILL, longest - tokens), "eos_token_id": None}
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
     begin = time.perf_counter()
-    while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
-        title = f"prefill of {tokens} tokens"
-        _, (ttft_s,), _ = generate(bench, title, prompt=ids, max_new_tokens=1, do_sample=False)
-        rates.append(tokens / ttft_s)
+    with peak_memory(bench.devices, bench.handles) as peak:
+        while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
+            title = f"prefill of {tokens} tokens"
+            _, times, _ = generate(bench, title, prompt=ids, do_sample=False, **options)
+            rates.append(tokens / times[0])
+            gaps.append([b - a for a, b in itertools.pairwise(times)])
+        result.memory["peak of prefill"] = peak()
     result.prefill_rates = rates[1:] or rates
     result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
+    after = [gap for those in gaps[1:] or gaps for gap in those]
+    result.decode_after_prefill_tokens_per_s = 1 / statistics.median(after) if after else None
     save(result)
 
 

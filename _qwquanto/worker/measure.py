@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from pathlib import Path
@@ -19,7 +20,9 @@ from _qwquanto.worker.devices import (
     busy_note,
     choose_devices,
     describe_environment,
+    gpu_memory_in_use,
     memory_bandwidth,
+    memory_of,
     nvml_handles,
     peak_memory,
     snapshot,
@@ -79,6 +82,7 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
     s = bench.settings
     result.ends_comparison = True
     with step("looking for a device"):
+        in_use = gpu_memory_in_use()
         bench.devices, notes = choose_devices(s.device)
         result.devices = bench.devices
         result.notes = notes + busy_note("at the start")
@@ -99,6 +103,10 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
         result.devices = bench.devices
         result.notes = result.notes + notes
         result.environment = describe_environment(bench.devices, bench.handles)
+        result.memory["at start"] = {f"{d} used": in_use[d] for d in bench.devices if d in in_use}
+        result.device_memory_bytes = {d: memory_of(d)[1] for d in bench.devices}
+        longest = max_positions(meta_model.config)
+        result.max_positions = int(longest) if longest < math.inf else None
     with step("measuring the memory's bandwidth"):
         result.memory_bytes_per_s = {device: memory_bandwidth(device) for device in bench.devices}
         # the measurement's own tensors; torch.cuda's does nothing without CUDA
@@ -170,6 +178,7 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
             result.warmup = warmup_runs(bench)
             # without a comparison, eager is only the compiled step's baseline: one run
             timed_runs(bench, result, result, 1 if s.compile and not s.compare else s.runs)
+            result.kv_bytes_per_token = bench.kv_bytes_per_token
             result.kernels, result.kernel_s = profile_a_step(bench)
             result.cudnn_attention_s = cudnn_attention(bench)
             result.defects = quanto_defects(bench.model) if s.weights else {}

@@ -54,7 +54,8 @@ def test_where_compiling_fails_the_eager_model_is_judged_and_recommended(measure
         assert r.eager_complete and not r.complete and r.unavailable
     assert int8.quality.kl_divergence < 0.05 and int8.prefill_tokens == 512
     shown = piped(Benchmark([none, int8]))
-    assert "Smallest that keeps the answers: int8" in shown and "unavailable: needs a C++ compiler" in shown
+    assert re.search("^Take (bf16|int8): it ", shown, re.MULTILINE)
+    assert "unavailable: needs a C++ compiler" in shown
     assert "bf16 ✗" not in shown and "int8 ✗" not in shown, "what the tables show was measured"
 
 

@@ -1,0 +1,183 @@
+"""Which precision to take: the first line of a comparison. Pure.
+
+The candidates are the unquantized model (bf16, say) and every precision that is certain to keep its answers;
+where bf16 did not run, the reference, which is the most precise one that did, and what keeps its answers.
+"Smallest" is by stored weights; within a percent of them the fastest.
+
+| bf16 | speeds | take |
+|---|---|---|
+| was not measured, or did not run | | the smallest candidate |
+| ran on other devices (spread over several) | not compared | the smallest candidate |
+| ran | one candidate is certainly the fastest | that one; where it is bf16, the smallest for less memory |
+| ran | several may be the fastest | the smallest of those; bf16, where that would not take less memory |
+| ran, and nothing else keeps its answers | | bf16 |
+
+A speed is certain where its 95 % interval excludes the others' (`speed_interval`). Speeds are eager ones,
+which a program of yours has; where those of the compiled step lead to another precision, it is named too.
+Memory is what the program took of the devices, see `device_peak`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from _qwquanto.fit import memory_taken
+from _qwquanto.results import Result
+from _qwquanto.settings import SHORT_DTYPES
+from _qwquanto.stats import (
+    KL_KEPT,
+    answer_quality,
+    bandwidth_ratio,
+    decode_rate,
+    is_about_one,
+    kl_interval,
+    ratio_interval,
+    saving,
+    speed_interval,
+)
+from _qwquanto.text import format_3g, gib, interval_text, percent
+
+Interval = tuple[float, float] | None
+
+
+def advice(results: list[Result], done: list[Result]) -> str:
+    """What to take of those `done`, measured to their end, and why; empty where quality tells nothing."""
+    if not any(r.quality for r in done):
+        return ""
+    base = next((r for r in done if r.name == "none"), None)
+    kept = [r for r in done if r is not base and (answer_quality(r) == "kept" or r.is_reference)]
+    if base and not kept:
+        return f"{take(base)}: nothing smaller is certain to keep its answers."
+    if not kept:
+        return ""
+    least = smallest(kept, eager_rate)
+    if base is None:
+        return without_base(results, least)
+    if base.devices != least.devices:
+        on = f"on {', '.join(least.devices)} {weights_text(least)}"
+        where = f"{base.label} ran on {', '.join(base.devices)}, so speeds are not compared"
+        return f"{take(least)}: it keeps the answers {on}; {where}."
+    candidates = [base, *(r for r in kept if r.devices == base.devices)]
+    best = smallest(fastest_of(candidates, eager_rate, speed_interval), eager_rate)
+    if best is not base and may_equal(base, best) and not takes_less(best, base):
+        best = base
+    line = take_base(base, least) if best is base else take_smaller(best, base)
+    if best is not base and least is not best:
+        line += f" Smaller still: {least.label} {weights_text(least)}, {both_ways(least, base)}."
+    return line + compiled_advice(best, candidates)
+
+
+def take(r: Result) -> str:
+    return f"[bold green]Take {r.label}[/]"
+
+
+def eager_rate(r: Result) -> float:
+    return decode_rate(r.runs)
+
+
+def compiled_rate(r: Result) -> float:
+    return decode_rate(r.compiled.runs)
+
+
+def compiled_interval(r: Result, base: Result) -> Interval:
+    """The 95 % interval of r's compiled decode rate over base's."""
+    return ratio_interval(r.compiled.runs, base.compiled.runs, bandwidth_ratio(r, base))
+
+
+def smallest(candidates: list[Result], rate: Callable[[Result], float]) -> Result:
+    """The smallest, or of those of its size the fastest; a percent of memory is no difference."""
+    least = min(r.weight_bytes for r in candidates)
+    return max((r for r in candidates if r.weight_bytes <= 1.01 * least), key=rate)
+
+
+def fastest_of(
+    candidates: list[Result], rate: Callable[[Result], float], interval: Callable[[Result, Result], Interval]
+) -> list[Result]:
+    """The fastest, and those that may be as fast."""
+    fastest = max(candidates, key=rate)
+    return [r for r in candidates if r is fastest or (interval(r, fastest) or (0, 1))[1] >= 1]
+
+
+def may_equal(r: Result, fastest: Result) -> bool:
+    """Whether a precision may be as fast as another one."""
+    return (speed_interval(r, fastest) or (0, 1))[1] >= 1
+
+
+def takes_less(r: Result, base: Result) -> bool:
+    """Whether the program took less memory; of a CPU's processes, quantized ones often take more."""
+    ours, theirs = memory_taken(r), memory_taken(base)
+    return ours < theirs if ours and theirs else r.weight_bytes < base.weight_bytes
+
+
+def memory_text(r: Result) -> str:
+    return f"{gib(memory_taken(r) or r.weight_bytes)} GiB"
+
+
+def weights_text(r: Result) -> str:
+    return f"in {gib(r.weight_bytes)} GiB of weights ({percent(saving(r))} % saved)"
+
+
+def both_ways(r: Result, base: Result) -> str:
+    """ "decode 0.69 times, prompts 3.5 times bf16's speed"."""
+    ratios = [f"decode {format_3g(eager_rate(r) / eager_rate(base))} times"]
+    if r.prefill_tokens_per_s and base.prefill_tokens_per_s:
+        ratios.append(f"prompts {format_3g(r.prefill_tokens_per_s / base.prefill_tokens_per_s)} times")
+    return f"{', '.join(ratios)} {base.label}'s speed"
+
+
+def take_base(base: Result, least: Result) -> str:
+    """The unquantized model: it is faster, or the smaller one would bring nothing for certain."""
+    total = sum(base.device_memory_bytes.values())
+    fits = memory_text(base).replace(" ", f" of {gib(total)} ") if total else memory_text(base)
+    if may_equal(least, base):
+        spread = interval_text(speed_interval(least, base), format_3g)
+        why = f"and {least.label} is not certain to be faster{spread}"
+    else:
+        why = f"and is {format_3g(eager_rate(base) / eager_rate(least))} times as fast as {least.label}"
+    line = f"{take(base)}: it fits ({fits}) {why}."
+    if not takes_less(least, base):
+        keeps = f"{least.label} keeps the answers too, but its process took no less memory"
+        return f"{line} {keeps} ({memory_text(least)})."
+    line += f" Where you have less than {memory_text(base)}: {least.label} keeps the answers and took"
+    return f"{line} {memory_text(least)}, {both_ways(least, base)}."
+
+
+def take_smaller(best: Result, base: Result) -> str:
+    """A quantized precision that is faster, or that may be as fast and takes less memory."""
+    line = f"{take(best)}: it keeps the answers {weights_text(best)}, {both_ways(best, base)}"
+    if may_equal(base, best):
+        interval = speed_interval(best, base)
+        unsure = "about as fast" if is_about_one(interval) else "which decodes faster is not certain"
+        line += f"; {unsure}{interval_text(interval, format_3g)}"
+    return line + "."
+
+
+def without_base(results: list[Result], least: Result) -> str:
+    """The smallest that keeps the answers of the most precise one that ran, or that one itself."""
+    failed = next((r for r in results if r.name == "none"), None)
+    label = SHORT_DTYPES.get(least.dtype, "the unquantized model")
+    needed, total = least.unquantized_bytes, sum(least.device_memory_bytes.values())
+    why = f"{label} was not measured"
+    if failed:
+        why = f"{label} did not run here"
+        if needed and total and needed > total:
+            why = f"{label} does not fit ({gib(needed)} GiB of weights in {gib(total)} GiB)"
+    reference = next((r.label for r in results if r.is_reference), "the reference")
+    what = f"It keeps {reference}'s answers"
+    if least.is_reference:
+        what = "It is the most precise one that ran, and nothing smaller is certain to keep its answers"
+    speed = f"decode {format_3g(eager_rate(least))} tokens/s"
+    return f"{take(least)}: {why}. {what}, {weights_text(least)}, {speed}."
+
+
+def compiled_advice(best: Result, candidates: list[Result]) -> str:
+    """What to take with this script's compiled step, where that is another precision."""
+    timed = [r for r in candidates if r.compiled and decode_rate(r.compiled.runs)]
+    timed = [r for r in timed if not (q := r.compiled.quality) or kl_interval(q)[0] <= KL_KEPT]
+    if best not in timed:
+        return ""
+    other = smallest(fastest_of(timed, compiled_rate, compiled_interval), compiled_rate)
+    if other is best:
+        return ""
+    rates = f"{format_3g(compiled_rate(other))} tokens/s, {best.label} {format_3g(compiled_rate(best))}"
+    return f" In this script's compiled step take {other.label}: {rates}."

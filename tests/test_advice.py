@@ -1,0 +1,98 @@
+"""Which precision to take: a case for each rule."""
+
+from dataclasses import replace
+
+from results import GIB, compiled, on_gpu, quality, result, runs
+
+from _qwquanto.advice import advice
+from _qwquanto.results import Result
+
+
+def told(*results, done=None):
+    return advice(list(results), [r for r in results if r.eager_complete])
+
+
+def test_bf16_that_fits_and_is_faster_is_taken():
+    base, int8 = on_gpu("none", (20, 20)), on_gpu("int8", (11, 11), 0.004, int(1.1 * GIB))
+    int8.prefill_tokens_per_s = 3.5 * base.prefill_tokens_per_s
+    assert told(base, int8) == (
+        "[bold green]Take bf16[/]: it fits (2.75 of 80.0 GiB) and is 1.82 times as fast as int8."
+        " Where you have less than 2.75 GiB: int8 keeps the answers and took 1.85 GiB,"
+        " decode 0.550 times, prompts 3.50 times bf16's speed."
+    )
+
+
+def test_a_precision_that_is_faster_is_taken():
+    base, int8 = on_gpu("none", (20, 20)), on_gpu("int8", (30, 30), 0.004, int(1.1 * GIB))
+    assert told(base, int8) == (
+        "[bold green]Take int8[/]: it keeps the answers in 1.10 GiB of weights (45.0 % saved),"
+        " decode 1.50 times, prompts 1.00 times bf16's speed."
+    )
+    smaller = on_gpu("int4", (15, 15), 0.02, int(0.7 * GIB))
+    assert " Smaller still: int4 in 0.700 GiB" in told(base, int8, smaller)
+    changed = on_gpu("int4", (90, 90), 0.2, int(0.7 * GIB))
+    assert told(base, int8, changed) == told(base, int8)
+
+
+def test_of_those_that_may_be_the_fastest_the_smallest_is_taken():
+    base = on_gpu("none", (19.9, 20.1))
+    near = on_gpu("int8", (19.8, 20), 0.004, int(1.1 * GIB))
+    noisy = on_gpu("int8", (8, 18), 0.004, int(1.1 * GIB))
+    assert "Take int8" in told(base, near) and "; about as fast (" in told(base, near)
+    assert "Take int8" in told(base, noisy) and "which decodes faster is not certain" in told(base, noisy)
+
+
+def test_what_saves_no_memory_is_not_taken_for_it():
+    """On a CPU int8's process often takes more than bf16's."""
+    base, int8 = result("none", (19.9, 20.1), stored=2 * GIB), result("int8", (20, 20.2), 0.004)
+    assert "Take bf16[/]: it fits (3.00 GiB) and int8 is not certain to be faster (" in told(base, int8)
+    assert told(base, int8).endswith("but its process took no less memory (3.00 GiB).")
+    smaller = replace(int8, memory={"peak of runs": {"rss": 2 * GIB}})
+    assert "Take int8" in told(base, smaller)
+    assert "Take int8" in told(base, replace(int8, runs=runs(30, 30))), "it is faster"
+
+
+def test_where_bf16_does_not_fit_the_smallest_that_keeps_the_answers_is_taken():
+    """The reference, the most precise one that ran, keeps its own."""
+    failed = Result(result("none").settings, failure="the weights need 14.2 of 12.0 GiB in all")
+    fits = {"device_memory_bytes": {"cuda:0": int(1.9 * GIB)}}
+    int8 = result("int8", (11, 11), stored=int(1.1 * GIB), is_reference=True, **fits)
+    int4 = result("int4", (15, 15), 0.2, stored=int(0.7 * GIB), **fits)
+    assert told(failed, int8, int4).startswith(
+        "[bold green]Take int8[/]: bf16 does not fit (2.00 GiB of weights in 1.90 GiB). It is the most"
+        " precise one that ran, and nothing smaller is certain to keep its answers, in"
+    )
+    assert told(failed, int8, int4).endswith("in 1.10 GiB of weights (45.0 % saved), decode 11.0 tokens/s.")
+    close = replace(int4, quality=quality(0.01, reference="int8"))
+    assert "Take int4[/]: bf16 does not fit" in told(failed, int8, close)
+    assert "It keeps int8's answers, in 0.700 GiB" in told(failed, int8, close)
+    int8.device_memory_bytes = int4.device_memory_bytes = {"cuda:0": 80 * GIB}
+    assert "bf16 did not run here" in told(failed, int8, int4)
+    assert "bf16 was not measured" in told(int8, int4)
+
+
+def test_a_model_spread_over_two_devices_is_not_compared_in_speed():
+    base, int8 = on_gpu("none", (20, 20)), on_gpu("int8", (11, 11), 0.004, int(1.1 * GIB))
+    base.devices = ["cuda:0", "cuda:1"]
+    assert told(base, int8) == (
+        "[bold green]Take int8[/]: it keeps the answers on cuda:0 in 1.10 GiB of weights (45.0 % saved);"
+        " bf16 ran on cuda:0, cuda:1, so speeds are not compared."
+    )
+
+
+def test_nothing_is_taken_without_quality_and_bf16_where_nothing_else_keeps_answers():
+    assert told(on_gpu("none"), on_gpu("int8")) == ""
+    assert "Take bf16[/]: nothing smaller" in told(on_gpu("none"), on_gpu("int8", kl=0.3))
+    assert told(result("int4", kl=0.3)) == ""
+
+
+def test_the_compiled_step_has_an_advice_of_its_own_where_it_differs():
+    base, int8 = on_gpu("none", (20, 20)), on_gpu("int8", (11, 11), 0.004, int(1.1 * GIB))
+    base.compiled, int8.compiled = compiled(30, 30), compiled(40, 40)
+    assert told(base, int8).endswith(" In this script's compiled step take int8: 40.0 tokens/s, bf16 30.0.")
+    int8.compiled = compiled(20, 20)
+    assert "compiled" not in told(base, int8)
+    int8.compiled = compiled(40, 40, quality=quality(0.3))
+    assert "compiled" not in told(base, int8), "it answers otherwise"
+    base.compiled = None
+    assert "compiled" not in told(base, int8)
