@@ -130,14 +130,14 @@ def take_base(base: Result, least: Result) -> str:
     total = sum(base.device_memory_bytes.values())
     fits = memory_text(base).replace(" ", f" of {gib(total)} ") if total else memory_text(base)
     if may_equal(least, base):
-        spread = interval_text(speed_interval(least, base), format_3g)
+        spread = interval_text(speed_interval(least, base), lambda x: f"{format_3g(x)} times")
         why = f"and {least.label} is not certain to be faster{spread}"
     else:
         why = f"and is {format_3g(eager_rate(base) / eager_rate(least))} times as fast as {least.label}"
     line = f"{take(base)}: it fits ({fits}) {why}."
     if not takes_less(least, base):
-        keeps = f"{least.label} keeps the answers too, but its process took no less memory"
-        return f"{line} {keeps} ({memory_text(least)})."
+        keeps = f"{least.label} keeps the answers too ({both_ways(least, base)})"
+        return f"{line} {keeps}, but took no less memory: {memory_text(least)}."
     line += f" Where you have less than {memory_text(base)}: {least.label} keeps the answers and took"
     return f"{line} {memory_text(least)}, {both_ways(least, base)}."
 

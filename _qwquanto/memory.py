@@ -102,8 +102,8 @@ def process_lines(results: list[Result]) -> list[str]:
         return []
     lines = ["RSS counts libraries and freed memory too: the weights themselves are what is stored."]
     base = next((sizes.get(r.label) for r in results if r.name == "none"), None)
-    more = [f"{label}'s ({gib(size)} GiB)" for label, size in sizes.items() if base and size and size > base]
+    more = [f"{label} {gib(size)}" for label, size in sizes.items() if base and size and size > base]
     if more:
         label = next(r.label for r in results if r.name == "none")
-        lines.append(f"More RAM than {label}'s process ({gib(base)} GiB) took {', '.join(more)}.")
+        lines.append(f"Processes that took more RAM than {label}'s ({gib(base)} GiB): {', '.join(more)}.")
     return lines

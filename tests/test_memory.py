@@ -68,7 +68,7 @@ def test_the_cache_is_told_in_bytes_of_1000_tokens():
 def test_a_process_that_took_more_ram_than_bf16s_is_said_to():
     base = result("none", memory={"peak of runs": {"rss": GIB}})
     (_, line) = process_lines([base, result("int8"), result("int4", memory={"peak of runs": {"rss": GIB}})])
-    assert line == "More RAM than bf16's process (1.00 GiB) took int8's (3.00 GiB)."
+    assert line == "Processes that took more RAM than bf16's (1.00 GiB): int8 3.00."
     assert len(process_lines([result("none"), result("int8")])) == 1 == len(process_lines([result()]))
     assert process_lines([on_gpu("none"), on_gpu("int8")]) == []
 

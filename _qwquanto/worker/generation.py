@@ -185,27 +185,28 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
 def measure_prefill(bench: Bench, result: Result) -> None:
     """Tokens/s of prefill: random ids, three times after one that does not count; fewer if that is long.
 
-    Each goes on for some tokens, where the model has room: decoding is slower after a long prompt.
+    Each goes on for some tokens, sampled as in the runs, where the model has room: decoding is slower after
+    a long prompt.
     """
     config = bench.model.config.get_text_config()
     rates = []
-    gaps = []
+    after = []  # decode tokens/s
     longest = max_positions(config)
     tokens = min(PREFILL_TOKENS, longest - 1)
-    options = {"max_new_tokens": min(1 + TOKENS_AFTER_PREFILL, longest - tokens), "eos_token_id": None}
+    options = generation_options(bench) | {"eos_token_id": None}
+    options["max_new_tokens"] = min(1 + TOKENS_AFTER_PREFILL, longest - tokens)
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
     begin = time.perf_counter()
     with peak_memory(bench.devices, bench.handles) as peak:
         while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
             title = f"prefill of {tokens} tokens"
-            _, times, _ = generate(bench, title, prompt=ids, do_sample=False, **options)
+            _, times, _ = generate(bench, title, prompt=ids, **options)
             rates.append(tokens / times[0])
-            gaps.append([b - a for a, b in itertools.pairwise(times)])
+            after.append((len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None)
         result.memory["peak of prefill"] = peak()
     result.prefill_rates = rates[1:] or rates
     result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
-    after = [gap for those in gaps[1:] or gaps for gap in those]
-    result.decode_after_prefill_tokens_per_s = 1 / statistics.median(after) if after else None
+    result.decode_after_prefill_tokens_per_s = median(after[1:] or after)
     save(result)
 
 
