@@ -130,8 +130,8 @@ def take_base(base: Result, least: Result) -> str:
     total = sum(base.device_memory_bytes.values())
     fits = memory_text(base).replace(" ", f" of {gib(total)} ") if total else memory_text(base)
     if may_equal(least, base):
-        spread = interval_text(speed_interval(least, base), lambda x: f"{format_3g(x)} times")
-        why = f"and {least.label} is not certain to be faster{spread}"
+        spread = interval_text(speed_interval(least, base), format_3g).strip(" ()")
+        why = f"and {least.label} is not certain to be faster" + f" ({spread} times)" * bool(spread)
     else:
         why = f"and is {format_3g(eager_rate(base) / eager_rate(least))} times as fast as {least.label}"
     line = f"{take(base)}: it fits ({fits}) {why}."
@@ -163,11 +163,15 @@ def without_base(results: list[Result], least: Result) -> str:
         if needed and total and needed > total:
             why = f"{label} does not fit ({gib(needed)} GiB of weights in {gib(total)} GiB)"
     reference = next((r.label for r in results if r.is_reference), "the reference")
-    what = f"It keeps {reference}'s answers"
+    figures = f"{gib(least.weight_bytes)} GiB of weights, {percent(saving(least))} % saved, decode"
+    figures = f"({figures} {format_3g(eager_rate(least))} tokens/s)"
     if least.is_reference:
-        what = "It is the most precise one that ran, and nothing smaller is certain to keep its answers"
-    speed = f"decode {format_3g(eager_rate(least))} tokens/s"
-    return f"{take(least)}: {why}. {what}, {weights_text(least)}, {speed}."
+        rest = (
+            f"It is the most precise one that ran {figures}; nothing smaller is certain to keep its answers."
+        )
+    else:
+        rest = f"It keeps {reference}'s answers {figures}."
+    return f"{take(least)}: {why}. {rest}"
 
 
 def compiled_advice(best: Result, candidates: list[Result]) -> str:

@@ -86,8 +86,10 @@ def gpu_memory_in_use() -> dict[str, int]:
     CUDA's context, some 0.6 GiB, then counts as the program's.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    handles, _ = nvml_handles([f"cuda:{i}" for i in range(count)])
-    return {device: device_memory_used(handle) for device, handle in handles.items()}
+    with contextlib.suppress(RuntimeError):  # a GPU that does not work: `choose_devices` says so
+        handles, _ = nvml_handles([f"cuda:{i}" for i in range(count)])
+        return {device: device_memory_used(handle) for device, handle in handles.items()}
+    return {}
 
 
 def energy_j(handles: dict[str, Any]) -> dict[str, float]:

@@ -82,7 +82,8 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
     s = bench.settings
     result.ends_comparison = True
     with step("looking for a device"):
-        in_use = gpu_memory_in_use()
+        # on a CPU nothing starts CUDA, whose libraries would count as the process's memory
+        in_use = gpu_memory_in_use() if s.device != "cpu" else {}
         bench.devices, notes = choose_devices(s.device)
         result.devices = bench.devices
         result.notes = notes + busy_note("at the start")

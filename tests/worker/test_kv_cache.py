@@ -79,9 +79,11 @@ def test_a_gpus_memory_is_asked_before_the_gpu_is_touched(monkeypatch):
         raise RuntimeError(wanted)
 
     monkeypatch.setattr(measure, "choose_devices", choose)
-    with pytest.raises(RuntimeError):
-        measure.set_up(Bench(settings()), Result(settings()), False)
-    assert order == ["asked", "touched"]
+    for device, calls in (("auto", ["asked", "touched"]), ("cpu", ["touched"])):
+        order.clear()
+        with pytest.raises(RuntimeError):
+            measure.set_up(Bench(settings(device=device)), Result(settings()), False)
+        assert order == calls
 
 
 def test_every_gpus_memory_in_use_is_nvmls(monkeypatch):
@@ -93,6 +95,17 @@ def test_every_gpus_memory_in_use_is_nvmls(monkeypatch):
     monkeypatch.setattr(devices, "device_memory_used", lambda handle: 100 + handle)
     assert gpu_memory_in_use() == {"cuda:0": 100, "cuda:1": 101}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_memory_in_use() == {}
+
+
+def test_a_gpu_that_does_not_work_has_no_memory_in_use(monkeypatch):
+    def broken(device):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     assert gpu_memory_in_use() == {}
 
 
