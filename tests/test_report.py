@@ -57,8 +57,6 @@ def test_what_cudnn_costs_is_told_where_it_costs():
 REPORTS = {
     kind.replace(" ", "_"): report(BENCHMARKS[kind]) for kind in ("single", "compiled", "gpu comparison")
 }
-
-
 REPORTS["files"] = files_report(*files())
 
 

@@ -102,6 +102,17 @@ def test_imports_within_functions_have_a_reason():
         assert late == set(LATE.get(room, {})), room
 
 
+def test_tests_of_the_ground_and_the_program_import_no_torch():
+    """So that they need a second; test_upstream and test_gpu are of the worker."""
+    torch = (WORKER | {"models", "zoo", "fake_model"}) - {"psutil"}  # the last three are of the tests
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        taken = {name for node in tree.body for name in imported(node)}
+        heavy = {n for n in taken if n.split(".")[0] in torch}
+        heavy |= {n for n in taken if n.startswith(("_qwquanto.worker", "_qwquanto.compiled"))}
+        assert not heavy or path.name in ("test_gpu.py", "test_upstream.py"), (path.name, heavy)
+
+
 def test_a_room_says_its_job_and_has_no_name_of_the_standard_librarys():
     for room, tree in ROOMS.items():
         assert ast.get_docstring(tree), room

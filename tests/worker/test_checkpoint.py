@@ -58,14 +58,8 @@ for name in sys.argv[1:]:
     except Failure as failure:
         print(json.dumps(f"FAILURE {failure}"), flush=True)
 """
-
-
 MODEL, LARGE = "them/model", "them/large"
-
-
 LAST = "model-00002-of-00002.safetensors"
-
-
 UNNEEDED = {
     "pytorch_model.bin",
     "optimizer.bin",
@@ -73,8 +67,6 @@ UNNEEDED = {
     "consolidated.safetensors",
     "README.md",
 }
-
-
 NOBODY = "http://127.0.0.1:9"  # nobody listens there
 
 
