@@ -6,14 +6,8 @@ import transformers
 from conftest import ANSWER, QUESTION
 from results import settings
 
-from _qwquanto.compiled.prepare import (
-    graphs_compiled,
-    prepare_compiled_decode,
-)
-from _qwquanto.worker.loading import (
-    load_model,
-    make_meta_model,
-)
+from _qwquanto.compiled.prepare import graphs_compiled, prepare_compiled_decode
+from _qwquanto.worker.loading import load_model, make_meta_model
 
 
 def load(folder, weights):

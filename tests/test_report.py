@@ -9,16 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from results import (
-    BENCHMARKS,
-    comparison,
-    files,
-    piped,
-    result,
-    run,
-    settings,
-    text,
-)
+from results import BENCHMARKS, comparison, files, piped, result, run, settings, text
 from rich.cells import cell_len
 
 from _qwquanto.console import render
@@ -26,12 +17,8 @@ from _qwquanto.report import cudnn_lines, host_bound, report
 from _qwquanto.results import Benchmark, Result
 from _qwquanto.saved import files_report
 from _qwquanto.settings import PRECISIONS
-from _qwquanto.stats import (
-    gpu_share,
-)
-from _qwquanto.verdicts import (
-    warnings_for,
-)
+from _qwquanto.stats import gpu_share
+from _qwquanto.verdicts import warnings_for
 
 
 def test_share_of_a_step_in_which_the_gpu_works():

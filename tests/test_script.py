@@ -16,16 +16,7 @@ import time
 
 import psutil
 import pytest
-from conftest import (
-    ANSWER,
-    QUESTION,
-    ROOT,
-    SCRIPT,
-    arguments,
-    make_model,
-    start,
-    wait_for,
-)
+from conftest import ANSWER, QUESTION, ROOT, SCRIPT, arguments, make_model, start, wait_for
 from fake_worker import fake_worker, with_worker
 from processes import Terminal, check_interrupted, wait_for_end, worker_of
 

@@ -23,9 +23,7 @@ from _qwquanto.stats import (
     utilization,
     wilson,
 )
-from _qwquanto.verdicts import (
-    instability,
-)
+from _qwquanto.verdicts import instability
 
 
 def test_percentiles_interpolate_and_survive_few_values():

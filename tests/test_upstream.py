@@ -11,9 +11,7 @@ from optimum.quanto.library.extensions import extension
 from optimum.quanto.tensor.weights.marlin.fp8.qbits import MarlinF8QBytesLinearFunction
 from transformers.cache_utils import StaticSlidingWindowLayer
 
-from _qwquanto.compiled.prepare import (
-    graphs_compiled,
-)
+from _qwquanto.compiled.prepare import graphs_compiled
 
 
 def test_upstream_float8_marlin_still_drops_the_bias():

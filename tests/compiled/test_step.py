@@ -5,18 +5,13 @@ import types
 import pytest
 import torch
 import transformers
-from models import beginning, compile_and_compare, trained
+from models import PRECISIONS, beginning, compile_and_compare, trained
 
 from _qwquanto.channel import Failure
-from _qwquanto.compiled.prepare import (
-    SCRIPT_STEP,
-    compile_decode,
-)
+from _qwquanto.compiled.prepare import SCRIPT_STEP, compile_decode
 from _qwquanto.compiled.step import DecodeStep, bucketed_attention, draw_token
 
 pytestmark = pytest.mark.usefixtures("fresh")
-
-PRECISIONS = ("none", "float8", "int8", "int4", "int2")
 
 
 @pytest.mark.parametrize("weights", PRECISIONS)

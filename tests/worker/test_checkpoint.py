@@ -22,9 +22,7 @@ from _qwquanto.channel import CHANNEL, Failure, describe_error
 from _qwquanto.worker import checkpoint
 from _qwquanto.worker.checkpoint import check_checkpoint, load_tokenizer, progress_bars
 from _qwquanto.worker.generation import Bench
-from _qwquanto.worker.loading import (
-    weight_stats,
-)
+from _qwquanto.worker.loading import weight_stats
 
 
 def test_sharded_and_damaged_checkpoints(tmp_path):

@@ -14,9 +14,7 @@ from results import settings
 from transformers import AutoModelForCausalLM
 from zoo import dequantized
 
-from _qwquanto.worker.loading import (
-    make_meta_model,
-)
+from _qwquanto.worker.loading import make_meta_model
 from _qwquanto.worker.quanto import PATCHED, modules_to_skip, patch_quanto, quanto_defects
 
 
