@@ -1,6 +1,7 @@
 """Which room may import what: the folder is the wall."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -117,3 +118,10 @@ def test_a_room_says_its_job_and_has_no_name_of_the_standard_librarys():
     for room, tree in ROOMS.items():
         assert ast.get_docstring(tree), room
         assert Path(room).name == "__init__" or Path(room).name not in sys.stdlib_module_names, room
+
+
+def test_readme_has_a_phrase_for_every_room():
+    tree = re.search(r"<!-- tree -->\n```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    for room in ROOMS:
+        name = room.split("/")[-1]
+        assert name == "__init__" or re.search(rf"^(.* )?{name}(\.py)? {{2,}}\S", tree, re.MULTILINE), room
