@@ -1,4 +1,8 @@
-"""Every test here fails once a defect upstream is mended: the page to read when a pin is raised."""
+"""Every test here fails once a defect upstream is mended: the page to read when a pin is raised.
+
+Its docstring names the work-around that can go then. One more needs a Hopper GPU, and stands in test_gpu.py:
+test_no_timed_token_plans_attention, for `leave_out_cudnn_attention`.
+"""
 
 import inspect
 
