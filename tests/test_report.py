@@ -20,7 +20,6 @@ from _qwquanto.settings import PRECISIONS
 from _qwquanto.stats import gpu_share
 from _qwquanto.verdicts import warnings_for
 
-
 REPORTS = {
     kind.replace(" ", "_"): report(BENCHMARKS[kind]) for kind in ("single", "compiled", "gpu comparison")
 }
