@@ -5,9 +5,7 @@ from types import SimpleNamespace
 import torch
 from results import settings
 
-from _qwquanto.worker.generation import (
-    Bench,
-)
+from _qwquanto.worker.generation import Bench
 
 
 class FakeTime:

@@ -6,14 +6,8 @@ import transformers
 from conftest import ANSWER, QUESTION
 from results import settings
 
-from _qwquanto.compiled.prepare import (
-    graphs_compiled,
-    prepare_compiled_decode,
-)
-from _qwquanto.worker.loading import (
-    load_model,
-    make_meta_model,
-)
+from _qwquanto.compiled.prepare import graphs_compiled, prepare_compiled_decode
+from _qwquanto.worker.loading import load_model, make_meta_model
 
 
 def load(folder, weights):
@@ -25,8 +19,6 @@ SIZE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 1024, "pad_token_id": 0,
 }  # fmt: skip
-
-
 PRECISIONS = ("none", "float8", "int8", "int4", "int2")
 KINDS = {name: getattr(optimum.quanto, f"q{name}") for name in PRECISIONS[1:]}
 

@@ -2,11 +2,7 @@
 
 from dataclasses import replace
 
-from results import (
-    BENCHMARKS,
-    comparison,
-    piped,
-)
+from results import BENCHMARKS, comparison, piped
 
 from _qwquanto import console
 from _qwquanto.console import save_report

@@ -9,16 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from results import (
-    BENCHMARKS,
-    comparison,
-    files,
-    piped,
-    result,
-    run,
-    settings,
-    text,
-)
+from results import BENCHMARKS, comparison, files, piped, result, run, settings, text
 from rich.cells import cell_len
 
 from _qwquanto.console import render
@@ -26,39 +17,12 @@ from _qwquanto.report import cudnn_lines, host_bound, report
 from _qwquanto.results import Benchmark, Result
 from _qwquanto.saved import files_report
 from _qwquanto.settings import PRECISIONS
-from _qwquanto.stats import (
-    gpu_share,
-)
-from _qwquanto.verdicts import (
-    warnings_for,
-)
-
-
-def test_share_of_a_step_in_which_the_gpu_works():
-    r = result(rates=(20, 20), kernel_s=0.01)
-    assert gpu_share(r) == pytest.approx(0.2)
-    assert gpu_share(result(rates=(20, 20))) is None and gpu_share(result(rates=(), kernel_s=0.01)) is None
-    (line, _) = host_bound([r, result("none", rates=(10, 10))])
-    assert "int8 20.0 %" in line and "bf16" not in line and "Python on the host" in line
-    (line, _) = host_bound([result(rates=(20, 20), kernel_s=0.04)])
-    assert "80.0 %" in line and "Python" not in line
-    assert host_bound([result()]) == []
-    warned = [warnings_for(result(rates=(10, 12, 10), kernel_s=s))[0] for s in (0.01, 0.08)]
-    assert "the host" in warned[0] and "busy?" in warned[1]
-
-
-def test_what_cudnn_costs_is_told_where_it_costs():
-    costs = {"first": 0.058, "again": 0.0221}
-    told = " ".join(cudnn_lines([result("none", cudnn_attention_s=costs), result()]))
-    assert "bf16 58.0 instead of 22.1" in told and "enable_cudnn_sdp(False)" in told and "int8" not in told
-    assert cudnn_lines([result(cudnn_attention_s={"first": 0.0225, "again": 0.0221}), result()]) == []
-
+from _qwquanto.stats import gpu_share
+from _qwquanto.verdicts import warnings_for
 
 REPORTS = {
     kind.replace(" ", "_"): report(BENCHMARKS[kind]) for kind in ("single", "compiled", "gpu comparison")
 }
-
-
 REPORTS["files"] = files_report(*files())
 
 
@@ -130,6 +94,26 @@ def test_random_weights_have_no_quality_and_say_so():
     made = [result("none", settings=replace(s, weights=None), is_reference=False), result("int8", settings=s)]
     shown = piped(Benchmark(made))
     assert "! Random weights" in shown and "Quality was not measured" in shown and "reference" not in shown
+
+
+def test_share_of_a_step_in_which_the_gpu_works():
+    r = result(rates=(20, 20), kernel_s=0.01)
+    assert gpu_share(r) == pytest.approx(0.2)
+    assert gpu_share(result(rates=(20, 20))) is None and gpu_share(result(rates=(), kernel_s=0.01)) is None
+    (line, _) = host_bound([r, result("none", rates=(10, 10))])
+    assert "int8 20.0 %" in line and "bf16" not in line and "Python on the host" in line
+    (line, _) = host_bound([result(rates=(20, 20), kernel_s=0.04)])
+    assert "80.0 %" in line and "Python" not in line
+    assert host_bound([result()]) == []
+    warned = [warnings_for(result(rates=(10, 12, 10), kernel_s=s))[0] for s in (0.01, 0.08)]
+    assert "the host" in warned[0] and "busy?" in warned[1]
+
+
+def test_what_cudnn_costs_is_told_where_it_costs():
+    costs = {"first": 0.058, "again": 0.0221}
+    told = " ".join(cudnn_lines([result("none", cudnn_attention_s=costs), result()]))
+    assert "bf16 58.0 instead of 22.1" in told and "enable_cudnn_sdp(False)" in told and "int8" not in told
+    assert cudnn_lines([result(cudnn_attention_s={"first": 0.0225, "again": 0.0221}), result()]) == []
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ import os
 import re
 
 import pytest
-from results import BENCHMARKS, piped, settings
+from results import BENCHMARKS, piped, result, settings
 
 import qwquanto
-from _qwquanto import __version__
+from _qwquanto import __version__, results
 from _qwquanto.channel import Failure
-from _qwquanto.results import SCHEMA, Benchmark, Result, from_json, to_json, write_results
+from _qwquanto.results import SCHEMA, Benchmark, Result, ResultsFile, from_json, to_json, write_results
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
@@ -87,3 +87,25 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_question_in_another_encoding_is_written_all_the_same(tmp_path):
     write_results(str(tmp_path / "r.json"), Benchmark([Result(settings(question="caf\udce9"))]))
     assert from_json((tmp_path / "r.json").read_text(encoding="utf-8")).results[0].settings.question == "caf?"
+
+
+def test_a_later_write_makes_up_for_one_that_failed(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    file = ResultsFile(str(tmp_path / "r.json"), Benchmark([]))
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "write_results", full)
+        file.save(result("none"))
+        assert file.problems == [f"cannot write {tmp_path / 'r.json'}: No space left on device"]
+    file.save(result("int8", complete=False))
+    file.save(result("int8"))
+    (none, int8) = from_json((tmp_path / "r.json").read_text(encoding="utf-8")).results
+    assert file.problems == [] and (none.name, int8.name, int8.complete) == ("none", "int8", True)
+
+
+def test_no_file_is_written_for_standard_output_or_before_there_is_a_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "write_results", lambda *_: pytest.fail("a file was written"))
+    for path in (None, "-"):
+        ResultsFile(path, Benchmark([])).save(result())
+    ResultsFile(str(tmp_path / "r.json"), Benchmark([])).save()

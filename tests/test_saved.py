@@ -4,15 +4,7 @@ import io
 
 import pytest
 from conftest import SCRIPT, start
-from results import (
-    BENCHMARKS,
-    GIB,
-    piped,
-    quality,
-    result,
-    settings,
-    text,
-)
+from results import BENCHMARKS, GIB, piped, quality, result, settings, text
 
 from _qwquanto.console import render
 from _qwquanto.report import print_report

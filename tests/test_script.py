@@ -16,16 +16,7 @@ import time
 
 import psutil
 import pytest
-from conftest import (
-    ANSWER,
-    QUESTION,
-    ROOT,
-    SCRIPT,
-    arguments,
-    make_model,
-    start,
-    wait_for,
-)
+from conftest import ANSWER, QUESTION, ROOT, SCRIPT, arguments, make_model, start, wait_for
 from fake_worker import fake_worker, with_worker
 from processes import Terminal, check_interrupted, wait_for_end, worker_of
 
@@ -161,30 +152,26 @@ def test_a_comparison_with_the_compiled_step(script, tiny):
 
 @pytest.mark.parametrize("argv", [["--help"], ["--runs", "0"], ["--nonsense"], ["--show", __file__]])
 def test_what_needs_no_model_imports_nothing_heavy(argv):
-    code = "import sys, runpy; sys.argv = {!r}\ntry: runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = "import sys, runpy; sys.argv = {!r}; sys.path[0] = {!r}"
+    code += "\ntry: runpy.run_path(sys.argv[0], run_name='__main__')"
     code += "\nexcept SystemExit as end:"
     code += "\n    print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)), end.code)"
-    done = start(code.format([str(SCRIPT), *argv]), path="-c")
+    done = start(code.format([str(SCRIPT), *argv], str(ROOT)), path="-c")
     assert done.stdout.splitlines()[-1] == f"[] {0 if argv == ['--help'] else 2}"
     assert "Traceback" not in done.stderr
 
 
 def test_inline_metadata_lists_the_requirements():
     """PEP 723, for `uv run qwquanto.py`: the packages of requirements.txt, in the file."""
-    lines = (
-        re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+)# ///$", SCRIPT.read_text(encoding="utf-8"))
-        .group(1)
-        .splitlines()
-    )
+    source = SCRIPT.read_text(encoding="utf-8")
+    lines = re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+)# ///$", source).group(1).splitlines()
     listed = re.findall(r'"([^"]+==[^"]+)"', "\n".join(lines))
     assert listed == (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    assert '# requires-python = ">=3.11"' in lines and ast.get_docstring(
-        ast.parse(SCRIPT.read_text(encoding="utf-8"))
-    )
+    assert '# requires-python = ">=3.11"' in lines and ast.get_docstring(ast.parse(source))
 
 
 PARENT = """import runpy, sys
-sys.argv = [{path!r}, *{argv!r}]
+sys.argv, sys.path[0] = [{path!r}, *{argv!r}], {root!r}
 try:
     runpy.run_path({path!r}, run_name="__main__")
 except SystemExit as end:
@@ -195,7 +182,7 @@ except SystemExit as end:
 
 def test_only_a_worker_imports_torch_and_the_parent_stays_small(tiny):
     flags = {"model_name": tiny, "device": "cpu", "question": QUESTION, "max_length": 40, "warmup_runs": 0}
-    code = PARENT.format(path=str(SCRIPT), argv=arguments(flags))
+    code = PARENT.format(path=str(SCRIPT), root=str(ROOT), argv=arguments(flags))
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

@@ -13,8 +13,6 @@ import qwquanto
 from _qwquanto.settings import PRECISIONS, Settings, check, is_writable, unused
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
-
-
 CONSTANTS = re.findall(r"^([A-Z_]+): [^=]+ = (.*?)  # (.+)$", SOURCE, re.MULTILINE)
 
 
@@ -79,18 +77,24 @@ def test_a_results_file_must_be_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("name", "value"),
     [
-        *("RUNS = -5", "RUNS = 2.5", "RUNS = True", "MAX_SECONDS = None", "# SEED is gone", "WEIGHTS = 8"),
-        *("COMPARE = 'int8'", "COMPARE = None", "COMPARE = ['none', None]", "DTYPE = ['auto']", "DEVICE = 0"),
-        *("QUESTION = b'why?'", "QUESTION = ['why?']", "MODEL_NAME = 3", "COMPILE = 'yes'", "REPORT = True"),
+        *[("RUNS", -5), ("RUNS", 2.5), ("RUNS", True), ("MAX_SECONDS", None), ("WEIGHTS", 8), ("DEVICE", 0)],
+        *[("COMPARE", "int8"), ("COMPARE", None), ("COMPARE", ["none", None]), ("DTYPE", ["auto"])],
+        *[("QUESTION", b"why?"), ("QUESTION", ["why?"]), ("MODEL_NAME", 3), ("COMPILE", "yes")],
+        ("REPORT", True),
     ],
 )
-def test_a_constant_of_another_type_is_named_with_what_is_allowed(edited, line):
-    name = re.search(r"[A-Z_]+", line).group()
-    done = edited({name: line})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"qwquanto: {name} must be .*, not .*\n", done.stderr)
+def test_a_constant_of_another_type_is_named_with_what_is_allowed(monkeypatch, name, value):
+    monkeypatch.setattr(qwquanto, name, value)
+    (told,) = check(parse([])[0])
+    assert re.fullmatch(rf"{name} must be .*, not {re.escape(repr(value))}", told)
+
+
+def test_a_constant_that_is_gone_is_named(monkeypatch):
+    monkeypatch.delattr(qwquanto, "SEED")
+    (told,) = check(parse([])[0])
+    assert told.startswith("SEED must be a whole number from 0 on, not ")
 
 
 def test_a_constant_without_its_annotation_is_served(edited):

@@ -5,10 +5,8 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from results import result, run, runs, settings
-from results import run as run_of
+from results import result, run, runs
 
-from _qwquanto.results import Result
 from _qwquanto.stats import (
     coefficient_of_variation,
     deviation,
@@ -25,9 +23,7 @@ from _qwquanto.stats import (
     utilization,
     wilson,
 )
-from _qwquanto.verdicts import (
-    instability,
-)
+from _qwquanto.verdicts import instability
 
 
 def test_percentiles_interpolate_and_survive_few_values():
@@ -127,6 +123,8 @@ def test_utilization_of_devices_that_work_one_after_the_other():
     held, speeds = {"cuda:0": 30, "cuda:1": 10}, {"cuda:0": 1000.0, "cuda:1": 500.0}
     r = result(device_weight_bytes=held, memory_bytes_per_s=speeds, bytes_per_token=40)
     assert utilization(r, runs(10, 10)) == pytest.approx(10 * (30 / 1000 + 10 / 500))
+    half = replace(r, bytes_per_token=20)  # an untied input embedding is not read
+    assert utilization(half, runs(10, 10)) == pytest.approx(5 * (30 / 1000 + 10 / 500))
     assert utilization(r, [run(tokens=1)]) is None
     assert utilization(replace(r, bytes_per_token=None), runs(10, 10)) is None
     assert utilization(replace(r, memory_bytes_per_s={"cuda:0": 1000.0}), runs(10)) is None
@@ -141,16 +139,3 @@ def test_utilization_of_devices_that_work_one_after_the_other():
 )
 def test_judged_by_the_interval_not_its_middle(interval, verdict):
     assert meets(interval, 0.9) == verdict
-
-
-def test_utilization_over_two_gpus_is_the_sum_of_each_ones_time():
-    r = Result(settings(), memory_bytes_per_s={"cuda:0": 3000.0, "cuda:1": 500.0}, bytes_per_token=400)
-    r.device_weight_bytes = {"cuda:0": 300, "cuda:1": 100}
-    assert utilization(r, [run_of(2.0)]) == pytest.approx((0.1 + 0.2) * 2)
-    r.bytes_per_token = 200  # half of them: an untied input embedding
-    assert utilization(r, [run_of(2.0)]) == pytest.approx(0.1 + 0.2)
-    r.bytes_per_token = None
-    assert utilization(r, [run_of(2.0)]) is None
-    r.bytes_per_token = 400
-    del r.memory_bytes_per_s["cuda:1"]
-    assert utilization(r, [run_of(2.0)]) is None

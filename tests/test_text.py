@@ -1,10 +1,7 @@
 """Figures as text."""
 
 import pytest
-from results import (
-    run,
-    runs,
-)
+from results import run, runs
 
 from _qwquanto.text import format_3g, plus_minus, rate_text
 

@@ -12,11 +12,7 @@ from _qwquanto import stats
 from _qwquanto.claims import expectations
 from _qwquanto.report import alerts, expected_table, row_label
 from _qwquanto.results import Benchmark, to_json
-from _qwquanto.stats import (
-    is_warming_up,
-    slows_with_context,
-    speed_interval,
-)
+from _qwquanto.stats import is_warming_up, slows_with_context, speed_interval
 from _qwquanto.verdicts import (
     comparability_warnings,
     grave_warnings,

@@ -1,6 +1,7 @@
 """Which room may import what: the folder is the wall."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -102,7 +103,25 @@ def test_imports_within_functions_have_a_reason():
         assert late == set(LATE.get(room, {})), room
 
 
+def test_tests_of_the_ground_and_the_program_import_no_torch():
+    """So that they need a second; test_upstream and test_gpu are of the worker."""
+    torch = (WORKER | {"models", "zoo", "fake_model"}) - {"psutil"}  # the last three are of the tests
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        taken = {name for node in tree.body for name in imported(node)}
+        heavy = {n for n in taken if n.split(".")[0] in torch}
+        heavy |= {n for n in taken if n.startswith(("_qwquanto.worker", "_qwquanto.compiled"))}
+        assert not heavy or path.name in ("test_gpu.py", "test_upstream.py"), (path.name, heavy)
+
+
 def test_a_room_says_its_job_and_has_no_name_of_the_standard_librarys():
     for room, tree in ROOMS.items():
         assert ast.get_docstring(tree), room
         assert Path(room).name == "__init__" or Path(room).name not in sys.stdlib_module_names, room
+
+
+def test_readme_has_a_phrase_for_every_room():
+    tree = re.search(r"<!-- tree -->\n```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    for room in ROOMS:
+        name = room.split("/")[-1]
+        assert name == "__init__" or re.search(rf"^(.* )?{name}(\.py)? {{2,}}\S", tree, re.MULTILINE), room

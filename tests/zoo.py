@@ -91,7 +91,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "llama 384": {"hidden_size": 384, "intermediate_size": 520, "head_dim": 132},
 }  # fmt: skip
 
-# What every run of the tests tries; the others are for `pytest -m zoo`.
+# What every run of the tests tries, in int8 and int4; all of it in all precisions is for `pytest -m zoo`.
 SHORT = (
     "bloom", "cohere2", "deepseek_v3", "exaone4", "falcon", "falcon_h1", "falcon_mamba", "gemma2",
     "gemma3_text", "gemma3n_text", "glm4", "gpt_neox", "gpt_oss", "granite", "jamba", "lfm2", "llama4_text",

@@ -14,9 +14,7 @@ from _qwquanto.compiled.layers import (
     merge_layers,
     swap_layers,
 )
-from _qwquanto.compiled.prepare import (
-    SCRIPT_STEP,
-)
+from _qwquanto.compiled.prepare import SCRIPT_STEP
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

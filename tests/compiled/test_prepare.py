@@ -13,11 +13,7 @@ from transformers import AutoConfig
 
 from _qwquanto.channel import Failure
 from _qwquanto.compiled import prepare
-from _qwquanto.compiled.prepare import (
-    STATIC_CACHE,
-    compile_decode,
-    max_positions,
-)
+from _qwquanto.compiled.prepare import STATIC_CACHE, compile_decode, max_positions
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

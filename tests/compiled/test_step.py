@@ -1,20 +1,17 @@
 """The compiled decode step on a CPU: Quanto's results, generate()'s ways."""
 
+import types
+
 import pytest
 import torch
 import transformers
-from models import beginning, compile_and_compare, trained
+from models import PRECISIONS, beginning, compile_and_compare, trained
 
 from _qwquanto.channel import Failure
-from _qwquanto.compiled.prepare import (
-    SCRIPT_STEP,
-    compile_decode,
-)
-from _qwquanto.compiled.step import bucketed_attention, draw_token
+from _qwquanto.compiled.prepare import SCRIPT_STEP, compile_decode
+from _qwquanto.compiled.step import DecodeStep, bucketed_attention, draw_token
 
 pytestmark = pytest.mark.usefixtures("fresh")
-
-PRECISIONS = ("none", "float8", "int8", "int4", "int2")
 
 
 @pytest.mark.parametrize("weights", PRECISIONS)
@@ -97,3 +94,33 @@ def test_large_scores_in_float16_stay_finite():
     exact = [t.double() for t in halves]
     wanted = torch.nn.functional.scaled_dot_product_attention(*exact, enable_gqa=True).transpose(1, 2)
     assert torch.allclose(found.double(), wanted, rtol=1e-2)
+
+
+def test_a_step_reads_the_smallest_bucket_that_holds_its_token():
+    """Of every length; and its place is the last one: 257 tokens need place 256, which 256 places lack."""
+    step = DecodeStep.__new__(DecodeStep)
+    places = torch.arange(1024)
+    step.graphs, step.buckets = {}, {size: places[:size] for size in (256, 512, 768, 1024)}
+    step.token, step.position = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    asked = []
+    step.step = lambda bucket: asked.append(len(bucket)) or types.SimpleNamespace(logits="eager")
+    for length in range(1, 1025):
+        assert step.decode(torch.tensor([[length]]), length) == "eager"
+        assert (step.token.item(), step.position.item()) == (length, length - 1)
+        assert asked[-1] - 256 < length <= asked[-1]
+    replayed = []  # once captured, the graph of that same bucket
+    for size in step.buckets:
+        graph = types.SimpleNamespace(replay=lambda size=size: replayed.append(size))
+        step.graphs[size] = graph, types.SimpleNamespace(logits=size)
+    lengths = (1, 255, 256, 257, 512, 513, 1024)
+    assert [step.decode(step.token, length) for length in lengths] == [256, 256, 256, 512, 512, 768, 1024]
+    assert replayed == [256, 256, 256, 512, 512, 768, 1024] and len(asked) == 1024
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 512])
+def test_a_prompt_sees_itself_and_nothing_behind(length):
+    step = DecodeStep.__new__(DecodeStep)
+    step.places = torch.arange(768)
+    mask = step.prompt_mask(torch.zeros(1, length, 1))
+    assert mask.shape[:3] == (1, 1, length) and mask.shape[3] - 256 < length <= mask.shape[3]
+    assert torch.equal(mask[0, 0].sum(-1), torch.arange(1, length + 1)) and mask[0, 0, :, 0].all()

@@ -22,9 +22,7 @@ from _qwquanto.channel import CHANNEL, Failure, describe_error
 from _qwquanto.worker import checkpoint
 from _qwquanto.worker.checkpoint import check_checkpoint, load_tokenizer, progress_bars
 from _qwquanto.worker.generation import Bench
-from _qwquanto.worker.loading import (
-    weight_stats,
-)
+from _qwquanto.worker.loading import weight_stats
 
 
 def test_sharded_and_damaged_checkpoints(tmp_path):
@@ -58,14 +56,8 @@ for name in sys.argv[1:]:
     except Failure as failure:
         print(json.dumps(f"FAILURE {failure}"), flush=True)
 """
-
-
 MODEL, LARGE = "them/model", "them/large"
-
-
 LAST = "model-00002-of-00002.safetensors"
-
-
 UNNEEDED = {
     "pytorch_model.bin",
     "optimizer.bin",
@@ -73,8 +65,6 @@ UNNEEDED = {
     "consolidated.safetensors",
     "README.md",
 }
-
-
 NOBODY = "http://127.0.0.1:9"  # nobody listens there
 
 

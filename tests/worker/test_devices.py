@@ -5,9 +5,19 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 import torch
+from fake_model import FakeTime
 
 from _qwquanto.channel import Failure
-from _qwquanto.worker.devices import busy_note, choose_devices, energy_j, nvml_handles
+from _qwquanto.worker import devices
+from _qwquanto.worker.devices import (
+    busy_note,
+    choose_devices,
+    energy_j,
+    memory_bandwidth,
+    nvml_handles,
+    peak_memory,
+    torch_memory,
+)
 
 
 def test_nvml_finds_the_gpu_by_uuid_not_by_number(monkeypatch):
@@ -67,3 +77,45 @@ def test_a_busy_processor_is_noted(monkeypatch):
     for percent, notes in ((5.0, 0), (60.0, 1)):
         monkeypatch.setattr("psutil.cpu_percent", lambda interval, percent=percent: percent)
         assert len(busy_note("at the start")) == notes
+
+
+def test_a_peak_is_of_its_block_alone(monkeypatch):
+    """CUDA's allocator keeps a peak since the last reset, by a stand-in for each device."""
+    held = {"cuda:0": {"current": 20, "peak": 100}, "cuda:1": {"current": 5, "peak": 50}}
+
+    def reset(device):
+        held[device]["peak"] = held[device]["current"]
+
+    def stats(device):
+        return {
+            f"{what}_bytes.all.{kind}": more + value
+            for what, more in (("allocated", 0), ("reserved", 1000))
+            for kind, value in held[device].items()
+        }
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_stats", stats)
+    polled = iter([{"rss": 7}, {"rss": 9}, {"rss": 8}])
+    monkeypatch.setattr(devices, "polled_memory", lambda *_: next(polled, {"rss": 1}))
+    with peak_memory(list(held), {}) as peak:
+        held["cuda:0"] = {"current": 25, "peak": 30}
+        first = peak()
+        second = [peak()["rss"] for _ in range(3)][-1]
+    assert (first["cuda:0 allocated"], first["cuda:0 reserved"]) == (30, 1030)
+    assert (first["cuda:1 allocated"], first["cuda:1 reserved"]) == (5, 1005)
+    assert second == 9
+    assert torch_memory(["cuda:0", "cpu"], "current") == {"cuda:0 allocated": 25, "cuda:0 reserved": 1025}
+
+
+def test_bandwidth_is_bytes_read_and_written_over_finished_work(monkeypatch):
+    """A device that works 2 s for each job, and only while somebody waits for it."""
+    clock, pending = FakeTime(), [5.0]  # of what came before
+
+    def synchronize(devices):
+        assert devices == ["cpu"]
+        clock.now += pending.pop() if pending else 2.0
+
+    monkeypatch.setattr(devices, "time", clock)
+    monkeypatch.setattr(devices, "synchronize", synchronize)
+    monkeypatch.setattr(devices, "memory_of", lambda device: (2**20 * 8, 2**30))
+    assert memory_bandwidth("cpu") == 2 * 2**20 / 2.0  # a copy reads and writes

@@ -37,6 +37,25 @@ def test_n_tokens_have_n_minus_one_intervals(time):
     assert run.energy_j is None
 
 
+def test_times_are_of_work_that_is_done(time, monkeypatch):
+    """A device that still works when generate() returns: 5 s of what came before, 3 s of this answer."""
+    pending = [5.0]
+
+    def synchronize(devices):
+        time.now += pending.pop() if pending else 0
+
+    class Late(FakeModel):
+        def generate(self, *args, **options):
+            output = super().generate(*args, **options)
+            pending.append(3.0)
+            return output
+
+    monkeypatch.setattr(generation, "synchronize", synchronize)
+    run = run_once(bench(Late(time, [1, 2, 3, 4, 8])), 5, "run")
+    assert (run.ttft_s, run.inter_token_s, run.latency_s) == (2.0, [0.5] * 4, 4.25 + 3.0)
+    assert not pending
+
+
 def test_a_model_that_stops_at_its_first_token_counts(time):
     run = run_once(bench(FakeModel(time, [7])), 0, "run")
     assert (run.generated_tokens, run.stop_reason) == (1, "eos")

@@ -2,6 +2,7 @@
 
 import json
 
+import optimum.quanto
 import pytest
 import torch
 import zoo
@@ -25,9 +26,10 @@ from _qwquanto.worker.loading import (
     make_meta_model,
     place_model,
     random_state,
+    stored_bytes,
     weight_stats,
 )
-from _qwquanto.worker.quanto import linear_layers
+from _qwquanto.worker.quanto import linear_layers, patch_quanto
 
 
 def test_one_gpu_if_the_model_fits_it_else_all(monkeypatch, messages):
@@ -86,6 +88,19 @@ def test_stored_bytes_of_every_precision(tmp_path, tied):
         assert (stats["quantized_layers"], stats["linear_layers"]) == (0 if weights == "none" else 14, 15)
         meta_model = make_meta_model(settings(model_name=folder), folder)
         assert expected_bytes(meta_model, weights) == pytest.approx(stats["weight_bytes"], rel=0.01)
+
+
+def test_tensors_that_share_memory_are_stored_once():
+    """Tied weights may be two parameters; what is empty has no address of its own."""
+    patch_quanto()
+    weight = torch.nn.Parameter(torch.ones(32, 16, dtype=torch.bfloat16), requires_grad=False)
+    tied, other = torch.nn.Parameter(weight.data, requires_grad=False), torch.ones(3)
+    assert stored_bytes([weight, tied, weight]) == weight.nbytes == 1024
+    assert stored_bytes([weight, other, torch.ones(0), torch.ones(0)]) == 1024 + 12
+    layer = optimum.quanto.QLinear.from_module(torch.nn.Linear(16, 32), weights=optimum.quanto.qint8)
+    layer.freeze()
+    again = torch.nn.Parameter(layer.weight.data, requires_grad=False)
+    assert stored_bytes([layer.weight, again]) == 32 * 16 + 32 * 4  # numbers, and a scale a row
 
 
 def test_an_untied_input_embedding_is_not_read_by_a_decode_step(tmp_path):

@@ -11,10 +11,7 @@ from results import settings
 from _qwquanto.channel import Failure
 from _qwquanto.results import Result
 from _qwquanto.worker.generation import Bench
-from _qwquanto.worker.loading import (
-    load_model,
-    make_meta_model,
-)
+from _qwquanto.worker.loading import load_model, make_meta_model
 from _qwquanto.worker.quality import measure_quality, reference_file
 
 
