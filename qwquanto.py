@@ -69,8 +69,8 @@ of the recommendation stand in advice.py.
 
 Verdicts rest on 95 % intervals: of KL by its standard error; of a ratio of speeds by Welch's method on the
 logarithms of the rates, with what differs between processes that measure the same. It holds the ratio as it
-is, and as it would be beside the same memory bandwidth and beside the same yardstick: a machine that is shared
-is now twice as fast, now half. (CUDA graphs are replayed without the host.) A limit is judged first. A speed
+is, and as it would be beside the same memory bandwidth or the same yardstick: a machine that is shared is now
+twice as fast, now half. (CUDA graphs are replayed without the host.) A limit is judged first. A speed
 whose interval holds it is borderline or, where the ends differ by over 1.5 times, too noisy: measure again.
 About equal is what lies within 10 % and holds 1; the fastest is named where its interval excludes all others.
 Answers are kept up to 0.05 nats, changed up to 0.5 and broken above: the author's choice.

@@ -26,7 +26,7 @@ from conftest import SCRIPT
 
 from _qwquanto.results import Result, from_json
 from _qwquanto.saved import speed_change
-from _qwquanto.stats import decode_rate, on_one_basis, rates_over_shared_prefix, speed_interval
+from _qwquanto.stats import decode_rate, is_about_one, on_one_basis, rates_over_shared_prefix, speed_interval
 from _qwquanto.text import format_3g
 
 
@@ -56,6 +56,16 @@ def measure(script: str, weights: str, flags: list[str]) -> Result:
     return result
 
 
+def tell(interval: tuple[float, float] | None) -> str:
+    """What `--show` says of a pair, in a word or two."""
+    if interval is None:
+        return "unknown"
+    if is_about_one(interval):
+        return "about the same"
+    low, high = interval
+    return "faster" if low > 1 else "slower" if high < 1 else "open"
+
+
 def report(kind: str, builds: list[list[Result]]) -> None:
     """The figures of one kind of runs, of one build or two."""
     compiled = kind == "compiled"
@@ -70,9 +80,10 @@ def report(kind: str, builds: list[list[Result]]) -> None:
             between, within = (f"{100 * sd:.2f} %" for sd in between_processes(groups))
             print(f"build {number}, {kind}: s.d. between processes {between}, within one {within}")
     pairs = itertools.product(*builds) if len(builds) > 1 else itertools.combinations(builds[0], 2)
-    cells = [speed_change(speed_interval(b, a, compiled)) for a, b in pairs]
-    for cell, count in Counter(cells).most_common():
-        print(f"{kind}: {count} of {len(cells)} pairs: {cell}")
+    intervals = [speed_interval(b, a, compiled) for a, b in pairs]
+    print(f"{kind}: {'; '.join(map(speed_change, intervals))}")
+    found = Counter(map(tell, intervals))
+    print(f"{kind}, {len(intervals)} pairs: {', '.join(f'{count} {told}' for told, count in found.items())}")
 
 
 def main(argv: list[str]) -> None:
