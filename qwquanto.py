@@ -26,8 +26,9 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
 
     TTFT             time to first token: from the call of generate() until the first new token is sampled
     decode tokens/s  (new tokens - 1) / (time of the last - time of the first): N tokens have N-1 intervals
-    ±                sample standard deviation; for rates: of runs of at least 32 tokens, over the positions
-                     that all reached
+                     Medians, ± and ratios rest on the same tokens: the first ones, that all runs of all rows
+                     reached, eager and compiled; runs of fewer than 32 tokens have no part in a ratio
+    ±                sample standard deviation
     inter-token      the gaps between tokens; percentiles pool all timed runs
     pace             decode tokens/s over the first and over the last tenth of answers of 200 tokens and more
     latency          the whole generate() call, device synchronized at both ends
@@ -47,7 +48,8 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     MBU              memory bandwidth utilization: bytes of weights that decode must read a second over what
                      this device's memory delivers, measured before the model is loaded. A lower bound: the
                      KV cache is read too, little beside the weights until the context is long
-    energy           difference of the GPU's own energy counter, over at least one second
+    energy           difference of the GPU's own energy counter over warm-up and timed runs of one kind, never
+                     over compiling; joules a token and mean watts, where they took at least one second
     GPU at work      time of the kernels of one profiled eager decode step over that of an unprofiled one: the
                      rest of the time the GPU waits for the host
     KL               KL(reference || quantized) in nats over the reference's greedy answer: mean ± standard
@@ -56,6 +58,8 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     same top token   share of those positions at which both models rank the same token first, 95 % Wilson
                      interval
     speed-up         a median decode rate over the unquantized model's, both eager or both compiled
+    yardstick        seconds of a fixed job of small products, before, between and after the runs (in the JSON
+                     host_s): how fast the host was meanwhile
 
 Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one
 reads every weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.
@@ -63,10 +67,13 @@ reads every weight once a token, so memory bandwidth is its ceiling: MBU says ho
 Each claim stands under the name of who makes it: introductions to Quanto, or Quanto's own README. The rules
 of the recommendation stand in advice.py.
 
-Verdicts rest on 95 % intervals: of a ratio of speeds by Welch's method on the logarithms of the rates,
-widened by the ratio of the memory bandwidths that the two processes measured; of KL by its standard error. An
-interval that holds the limit is too close to call. Answers are kept up to 0.05 nats, changed up to 0.5 and
-broken above: the author's choice.
+Verdicts rest on 95 % intervals: of KL by its standard error; of a ratio of speeds by Welch's method on the
+logarithms of the rates, with what differs between processes that measure the same. It holds the ratio as it
+is, and as it would be beside the same memory bandwidth or the same yardstick: a machine that is shared is now
+twice as fast, now half. (CUDA graphs are replayed without the host.) A limit is judged first. A speed
+whose interval holds it is borderline or, where the ends differ by over 1.5 times, too noisy: measure again.
+About equal is what lies within 10 % and holds 1; the fastest is named where its interval excludes all others.
+Answers are kept up to 0.05 nats, changed up to 0.5 and broken above: the author's choice.
 
 `--compile` measures this script's own compiled decode step (static cache, Quanto's numbers as plain tensors,
 CUDA graphs, a sampling loop in which the GPU does not wait), beside the eager model that a program of yours

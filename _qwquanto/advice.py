@@ -27,11 +27,9 @@ from _qwquanto.settings import SHORT_DTYPES
 from _qwquanto.stats import (
     KL_KEPT,
     answer_quality,
-    bandwidth_ratio,
     decode_rate,
     is_about_one,
     kl_interval,
-    ratio_interval,
     saving,
     speed_interval,
 )
@@ -81,7 +79,7 @@ def compiled_rate(r: Result) -> float:
 
 def compiled_interval(r: Result, base: Result) -> Interval:
     """The 95 % interval of r's compiled decode rate over base's."""
-    return ratio_interval(r.compiled.runs, base.compiled.runs, bandwidth_ratio(r, base))
+    return speed_interval(r, base, compiled=True)
 
 
 def smallest(candidates: list[Result], rate: Callable[[Result], float]) -> Result:

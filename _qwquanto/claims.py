@@ -9,6 +9,8 @@ from _qwquanto.results import Result
 from _qwquanto.settings import BITS
 from _qwquanto.stats import (
     KL_KEPT,
+    MIN_RATE_TOKENS,
+    TOO_WIDE,
     decode_rate,
     is_float32,
     kl_interval,
@@ -33,7 +35,7 @@ class Expectation:
     expected: str
     of: str  # precision, or several
     measured: str
-    verdict: str  # met, not met, too close to call, unknown, no claim
+    verdict: str  # met, not met, too close to call, unknown, no claim; of a speed see `speed_verdict`
     reason: str = ""
 
 
@@ -75,8 +77,25 @@ def speeds_compare(r: Result, base: Result | None) -> bool:
 
 def speed_share(r: Result, base: Result) -> str:
     """A precision's eager speed as a share of the unquantized model's, with its interval."""
-    ratio = percent(decode_rate(r.runs) / decode_rate(base.runs))
-    return f"{ratio} %{interval_text(speed_interval(r, base), percent)}"
+    rates = decode_rate(r.runs), decode_rate(base.runs)
+    if not (interval := speed_interval(r, base)):
+        return f"{format_3g(rates[0])} against {format_3g(rates[1])} tokens/s"
+    return f"{percent(rates[0] / rates[1])} %{interval_text(interval, percent)}"
+
+
+def speed_verdict(interval: tuple[float, float] | None, limit: float) -> str:
+    """Whether a ratio of speeds is at least `limit`; where that is open, what to do.
+
+    The limit comes first. An interval that holds it is borderline, or too wide to say anything.
+    """
+    if interval is None:
+        return f"unknown: needs two runs of {MIN_RATE_TOKENS} tokens"
+    low, high = interval
+    if low >= limit or high < limit:
+        return "met" if low >= limit else "not met"
+    if high > TOO_WIDE * low:
+        return f"too noisy ({format_3g(low)} to {format_3g(high)} times): measure again"
+    return "borderline"
 
 
 def expected_saving(int8: Result) -> Expectation:
@@ -92,7 +111,7 @@ def expected_saving(int8: Result) -> Expectation:
 
 def expected_speed(int8: Result, base: Result) -> Expectation:
     """Eager, as a program of the user's own runs."""
-    said = meets(speed_interval(int8, base), COMPARABLE_SPEED)
+    said = speed_verdict(speed_interval(int8, base), COMPARABLE_SPEED)
     why = "Speed: to the Python that eager decoding runs in every layer, Quanto adds its own"
     if int8.devices[0].startswith("cuda"):
         why += ", and it widens 8-bit weights to 16 bit on every call."
@@ -154,7 +173,7 @@ def expected_latency(results: list[Result], base: Result | None) -> list[Expecta
     found = []
     for r in known:
         if runs_optimized(r):
-            said = meets(speed_interval(r, base), COMPARABLE_SPEED)
+            said = speed_verdict(speed_interval(r, base), COMPARABLE_SPEED)
             found.append(Expectation(QUANTO, claim, r.label, speed_share(r, base), said))
     if others := [r for r in known if not runs_optimized(r)]:
         measured = "no such kernel ran"

@@ -7,7 +7,7 @@ from typing import Any
 from _qwquanto.console import bars, table
 from _qwquanto.fit import context_that_fits, device_peak, tensor_peak
 from _qwquanto.results import Result
-from _qwquanto.stats import joules_per_token, saving
+from _qwquanto.stats import saving
 from _qwquanto.text import format_3g, gib, mib, percent, plural, row_label
 
 CARDS_GIB = (8, 12, 16, 24)  # common sizes
@@ -37,21 +37,20 @@ def memory_table(r: Result) -> list[Any]:
 
 
 def comparison_memory(results: list[Result]) -> list[Any]:
-    """Stored weights, and the runs' peak by the device's count and in tensors; energy has room here."""
+    """Stored weights, and the runs' peak by the device's count and in tensors."""
     sizes = [r.weight_bytes for r in results]
     peaks = [device_peak(r) for r in results]
     tensors = [tensor_peak(r) for r in results]
-    joules = [joules_per_token(r.runs) for r in results]
     rows = []
     for i, (r, cell) in enumerate(zip(results, bars(sizes, [*map(gib, sizes)]), strict=True)):
         row = [row_label(r), cell, percent(saving(r))]
         row += [gib(peaks[i])] * any(peaks) + [gib(tensors[i])] * any(tensors)
-        rows.append([*row, format_3g(r.load_s), *[format_3g(joules[i])] * any(joules)])
+        rows.append([*row, format_3g(r.load_s)])
     columns = ["weights", "stored", "saved %", *["peak"] * any(peaks), *["tensors"] * any(tensors)]
     on_cpu = all(r.devices == ["cpu"] for r in results if r.memory)
     what = "the whole process (RSS)" if on_cpu else "what the program took of the device"
     title = "Memory in GiB" + f"; peak: {what} in eager runs" * any(peaks)
-    parts = table(title, [*columns, "load s", *["eager J/tok"] * any(joules)], rows)
+    parts = table(title, [*columns, "load s"], rows)
     lines = cache_line(results) + fit_line(results) + process_lines(results)
     return [*parts, *lines, *[""] * bool(lines)]
 

@@ -15,11 +15,15 @@ from _qwquanto.stats import (
     KL_BROKEN,
     KL_KEPT,
     answer_quality,
+    basis,
+    counts,
     decode_rate,
     deviation,
     gpu_share,
     joules_per_token,
+    mean_watts,
     median,
+    on_one_basis,
     pace,
     percentile,
     saving,
@@ -39,15 +43,17 @@ from _qwquanto.verdicts import (
 
 def report(benchmark: Benchmark) -> list[Any]:
     """The whole report of what was measured, a single precision or a comparison."""
-    results = benchmark.results
+    results = on_one_basis(benchmark.results)
     first = benchmark.described
     compared = bool(first.settings.compare)
     compiled = any(r.compiled for r in results)
-    parts = [heading(first), *(recommendation(results) if compared else single_headline(first)), ""]
+    headline = recommendation(results) if compared else single_headline(results[0])
+    parts = [heading(first), *headline, ""]
     for block in (hardware(first) + untested(first), alerts(benchmark)):
         parts += [*block, ""] if block else []
     parts += speed_table(results) + host_bound(results)
     parts += speed_table(results, compiled=True) if compiled else []
+    parts += energy_lines(results)
     if compared:
         parts += comparison_memory(results) + comparison_quality(results)
     else:
@@ -121,25 +127,23 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     rows = []
     drawn = bars(rates, [rate_text(runs) for runs in groups], max(filter(None, rates), default=None))
     base = next((r for r, rate in zip(results, rates, strict=True) if rate and r.name == "none"), None)
-    energy = compiled and any(joules_per_token(runs) for runs in groups)
     for r, runs, rate, cell in zip(results, groups, rates, drawn, strict=True):
         row = [row_label(r, compiled), cell]
         measured = r.compiled if compiled else r
+        long = any(map(counts, runs))  # enough for a ratio
         if base:
-            alike = rate and r.devices == base.devices
+            alike = long and any(map(counts, groups[results.index(base)])) and r.devices == base.devices
             row.append(format_3g(rate / rates[results.index(base)]) if alike else "–")
         if compiled:
-            eager = decode_rate(r.runs)
-            row.append(format_3g(rate / eager) if rate and eager else "–")
+            row.append(format_3g(rate / decode_rate(r.runs)) if long and any(map(counts, r.runs)) else "–")
             row.append(format_3g(measured and measured.seconds))
         else:
             row.append(plus_minus(r.prefill_tokens_per_s, deviation(r.prefill_rates)))
             row.append(format_3g(question_s(r)))
-        row.append(percent(measured and measured.bandwidth_utilization))
-        rows.append(row + [format_3g(joules_per_token(runs))] * energy)
+        rows.append([*row, percent(measured and measured.bandwidth_utilization)])
     columns = ["weights", "decode tok/s", *["speed-up"] * bool(base)]
     columns += ["x eager", "compile s"] if compiled else ["prefill tok/s", "512+128 s"]
-    parts = table(speed_title(results, groups, compiled), [*columns, "MBU %", *["J/tok"] * energy], rows)
+    parts = table(speed_title(results, groups, compiled), [*columns, "MBU %"], rows)
     if not compiled:
         return [*parts, "512+128 s: for 512 prompt tokens and 128 new ones, computed.", ""]
     single = any(len(r.runs) == 1 for r in results)
@@ -157,12 +161,28 @@ def question_s(r: Result) -> float | None:
 
 def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) -> str:
     """What the speeds are of; counts are of the runs made, not of those asked for."""
-    counts = sorted({len(runs) for runs in groups if runs} or {0})
+    numbers = sorted({len(runs) for runs in groups if runs} or {0})
+    made = f"{numbers[0]} to {numbers[-1]} runs" if len(numbers) > 1 else plural(numbers[0], "run")
+    shared = basis(*groups) + 1
     tokens = max((run.generated_tokens for runs in groups for run in runs), default=0)
-    made = f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else plural(counts[0], "run")
+    over = f", first {shared} tokens" if shared > 1 else f" of up to {plural(tokens, 'token')}"
     title = next((r.compiled.way for r in results if r.compiled), "") if compiled else "Speed, eager"
-    made = "one run" if counts == [1] else f"medians of {made}"
-    return f"{title[:1].upper()}{title[1:]}: {made} of up to {plural(tokens, 'new token')}"
+    made = "one run" if numbers == [1] else f"medians of {made}"
+    return f"{title[:1].upper()}{title[1:]}: {made}{over}"
+
+
+def energy_lines(results: list[Result]) -> list[str]:
+    """Joules a token of warm-up and timed runs, and their mean watts, eager and compiled."""
+    lines = []
+    for kind in ("eager", "compiled"):
+        known = []
+        for r in results:
+            measured = r if kind == "eager" else r.compiled
+            runs = [*measured.warmup, *measured.runs] if measured and measured.runs else []
+            if (spent := joules_per_token(runs)) is not None:
+                known.append(f"{r.label} {format_3g(spent)} J ({mean_watts(runs):.0f} W)")
+        lines += [f"Energy a token, {kind}: {', '.join(known)}."] if known else []
+    return [*lines, ""] if lines else []
 
 
 def host_bound(results: list[Result]) -> list[str]:

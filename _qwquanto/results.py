@@ -59,6 +59,8 @@ class Compiled:
     recompilations: int = 0  # within timed runs
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    host_s: list[float] = field(default_factory=list)  # before, between and after the runs
+    throttled: dict[str, float] = field(default_factory=dict)  # reason -> share of the runs' time
     bandwidth_utilization: float | None = None
     quality: Quality | None = None
 
@@ -95,6 +97,8 @@ class Result:
     max_positions: int | None = None  # tokens that the model takes; None: no limit is known
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)  # eager
+    host_s: list[float] = field(default_factory=list)  # a fixed job, before, between and after the runs
+    throttled: dict[str, float] = field(default_factory=dict)  # reason -> share of the runs' time, see NVML
     bytes_per_token: int | None = None  # weights that a decode step reads, see `decode_weight_bytes`
     memory_bytes_per_s: dict[str, float] = field(default_factory=dict)  # device -> bytes/s
     bandwidth_utilization: float | None = None
@@ -178,8 +182,10 @@ def from_plain(kind: type, plain: dict[str, Any]) -> Any:
             known[name] = [item for item in made if item is not None]
         elif name in NESTED and isinstance(value, dict):
             known[name] = from_plain(NESTED[name], value)
-        elif name == "memory_bytes_per_s":
-            known[name] = {device: speed for device, speed in value.items() if speed is not None}
+        elif name in ("memory_bytes_per_s", "throttled"):
+            known[name] = {key: figure for key, figure in value.items() if figure is not None}
+        elif name == "host_s":
+            known[name] = [seconds for seconds in value if seconds is not None]
     return kind(**known)
 
 

@@ -10,8 +10,16 @@ from typing import Any
 from _qwquanto.channel import Failure
 from _qwquanto.console import escape, render, save_report, table
 from _qwquanto.report import alerts, hardware, report, row_label
-from _qwquanto.results import Benchmark, Result, Run, from_json
-from _qwquanto.stats import bandwidth_ratio, is_about_one, kl_interval, peak_bytes, ratio_interval
+from _qwquanto.results import Benchmark, Result, from_json
+from _qwquanto.stats import (
+    TOO_WIDE,
+    basis,
+    is_about_one,
+    kl_interval,
+    on_one_basis,
+    peak_bytes,
+    speed_interval,
+)
 from _qwquanto.text import format_3g, gib, kl_text, plural, rate_text
 
 
@@ -25,22 +33,24 @@ def file_facts(benchmark: Benchmark) -> dict[str, Any]:
     return known | first.environment | settings
 
 
+def speed_change(interval: tuple[float, float] | None) -> str:
+    """A ratio of speeds in words: the same, its interval where that excludes 1, or that it is open."""
+    if not interval:
+        return "–"
+    low, high = interval
+    span = f"{format_3g(low)} to {format_3g(high)} x"
+    if is_about_one(interval):
+        return "about the same"
+    if low > 1 or high < 1:
+        return span
+    return f"too noisy ({span}): measure again" if high > TOO_WIDE * low else f"borderline ({span})"
+
+
 def compare_with(r: Result, base: Result) -> list[str]:
-    """How a saved result stands to another one: speed, the compiled step's speed, peak of memory and KL.
-
-    Bandwidths widen the interval of speeds on one machine alone: between two, they are the difference.
-    """
-    widened = bandwidth_ratio(r, base) if hardware(r)[:1] == hardware(base)[:1] else 1.0
-
-    def speed(runs: list[Run], base_runs: list[Run]) -> str:
-        if not (ratio := ratio_interval(runs, base_runs, widened)):
-            return "–"
-        return (
-            "about the same" if is_about_one(ratio) else f"{format_3g(ratio[0])} to {format_3g(ratio[1])} x"
-        )
-
-    steps = [one.compiled.runs if one.compiled else [] for one in (r, base)]
-    cells = [speed(r.runs, base.runs), speed(*steps), "–", "–"]
+    """How a saved result stands to another one: speed, the compiled step's speed, peak of memory and KL."""
+    same_machine = hardware(r)[:1] == hardware(base)[:1]
+    cells = [speed_change(speed_interval(r, base, compiled, same_machine)) for compiled in (False, True)]
+    cells += ["–", "–"]
     peak, kind = peak_bytes(r)
     before, base_kind = peak_bytes(base)
     if peak and before and kind == base_kind:
@@ -63,18 +73,23 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
         values = [escape(str(known.get(key, "–"))) for known in facts]
         if len(set(values)) > 1:
             lines.append(f"{key}: {'; '.join(map(' '.join, zip(names, values, strict=True)))}")
-    first = {r.name: r for r in benchmarks[0].results}
-    other = benchmarks[0].results[0]
+    everything = on_one_basis([r for b in benchmarks for r in b.results])
+    rest = iter(everything)
+    files_results = [[next(rest) for _ in b.results] for b in benchmarks]
+    first = {r.name: r for r in files_results[0]}
+    other = files_results[0][0]
     changes: list[list[str]] = []
-    for name, benchmark in zip(names, benchmarks, strict=True):
-        for r in benchmark.results:
+    for name, results in zip(names, files_results, strict=True):
+        for r in results:
             rates = [rate_text(r.runs), rate_text(r.compiled.runs if r.compiled else [])]
             sizes = [gib(r.weight_bytes), gib(peak_bytes(r)[0])]
             base = first.get(r.name, other)
             rows.append([f"{name} {row_label(r)}", *rates, *sizes, kl_text(r.quality)])
             changes += [[f"{name} {r.label}", *compare_with(r, base)]] if r is not base else []
     columns = ("result", "decode tok/s", "compiled", "weights", "peak", "KL nats")
-    parts = table("Decode eager and compiled, memory in GiB, answers", columns, rows)
+    groups = [one.runs for r in everything for one in (r, r.compiled) if one]
+    over = f" over the first {basis(*groups) + 1} tokens" * bool(basis(*groups))
+    parts = table(f"Decode eager and compiled{over}, memory in GiB, answers", columns, rows)
     if changes:
         new = any(r.name not in first for b in benchmarks for r in b.results)
         title = f"Against the same WEIGHTS in {names[0]}" + f", or its {other.label}" * new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -10,10 +11,17 @@ from collections.abc import Iterable
 from _qwquanto.results import Quality, Result, Run
 
 KL_KEPT, KL_BROKEN = 0.05, 0.5  # nats: up to the first answers are kept, above the second they are broken
-MIN_RATE_TOKENS = 32  # of a run whose rate counts for a spread
+MIN_RATE_TOKENS = 32  # of a run whose rate counts for a spread, and for a ratio
 LONG_ANSWER_TOKENS = 200  # of a run that shows a pace
 UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that deserves a warning
-SAME_SPEED_RATIO = 1.2  # times as fast, or as slow, that still counts as about the same speed
+SAME_SPEED_RATIO = 1.1  # times as fast, or as slow, that still counts as about the same speed
+TOO_WIDE = 1.5  # upper over lower end of a ratio's interval that says nothing but "measure again"
+# s.d. of the logarithm of a rate between processes that measure the same (tests/bench_reproducibility.py)
+BETWEEN_PROCESSES = {
+    ("eager", "cpu"): 0.015,  # SmolLM2-135M, int8, 2 cores with nothing else on them; of three processes
+    ("compiled", "cuda"): 0.009,  # Qwen2.5-3B's shape, int8, H100
+}
+BETWEEN_UNMEASURED = 0.03  # assumed elsewhere: twice the largest of these
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -25,9 +33,17 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def student_t(freedom: float) -> float:
-    """The two-sided 95 % quantile of Student's t: a table, then a series, at most 0.1 % too small."""
-    table = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    return table[max(1, int(freedom)) - 1] if freedom < 11 else 1.96 + 2.4 / freedom + 2.8 / freedom**2
+    """The two-sided 95 % quantile of Student's t: a table, then a series.
+
+    Welch's degrees of freedom are no whole numbers: between two of them its logarithm is taken as straight in
+    1 / freedom, which is up to 3 % too large below 2 and hardly anything above.
+    """
+    table = (12.706, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+    if freedom >= len(table):
+        return 1.96 + 2.4 / freedom + 2.8 / freedom**2
+    below = max(1, int(freedom))
+    part = (1 / below - 1 / max(1, freedom)) * below * (below + 1)
+    return table[below - 1] ** (1 - part) * table[below] ** part
 
 
 def percentile(values: list[float], percent: int) -> float | None:
@@ -54,15 +70,53 @@ def decode_rate(runs: list[Run]) -> float | None:
     return median(r.decode_tokens_per_s for r in runs)
 
 
+def counts(run: Run) -> bool:
+    """Whether a run is long enough for its rate to count in a spread and in a ratio."""
+    return len(run.inter_token_s) >= MIN_RATE_TOKENS - 1
+
+
+def basis(*groups: list[Run]) -> int:
+    """The decode intervals that all runs that count reached, for rates to rest on; 0 if none counts."""
+    return min((len(run.inter_token_s) for group in groups for run in group if counts(run)), default=0)
+
+
+def cut(runs: list[Run], gaps: int) -> list[Run]:
+    """The runs as if they had ended after this many intervals, where any of them counts.
+
+    Those that do not count then have no rate.
+    """
+    if not any(map(counts, runs)):
+        return runs
+    kept = [run.inter_token_s[:gaps] if counts(run) else [] for run in runs]
+    return [
+        dataclasses.replace(run, inter_token_s=k, decode_tokens_per_s=len(k) / sum(k) if k else None)
+        for run, k in zip(runs, kept, strict=True)
+    ]
+
+
+def on_one_basis(results: list[Result]) -> list[Result]:
+    """Copies whose decode rates are of the same tokens: those that all rows reached, eager and compiled.
+
+    Decode slows as the context grows, so only this compares a row with another, and a median with its ±.
+    """
+    gaps = basis(*(group for r in results for group in (r.runs, r.compiled.runs if r.compiled else [])))
+    return [
+        dataclasses.replace(
+            r,
+            runs=cut(r.runs, gaps),
+            compiled=r.compiled and dataclasses.replace(r.compiled, runs=cut(r.compiled.runs, gaps)),
+        )
+        for r in results
+    ]
+
+
 def rates_over_shared_prefix(*groups: list[Run]) -> list[list[float]]:
     """Each run's decode tokens/s over the positions that all runs of all groups reached, group by group.
 
-    Sampled answers differ in length, and decode slows as the context grows, so only this compares run with
-    run. Runs of fewer than MIN_RATE_TOKENS tokens do not count.
+    Runs of fewer than MIN_RATE_TOKENS tokens do not count.
     """
-    gaps = [[r.inter_token_s for r in runs if len(r.inter_token_s) >= MIN_RATE_TOKENS - 1] for runs in groups]
-    shared = min((len(g) for group in gaps for g in group), default=0)
-    return [[shared / sum(g[:shared]) for g in group] for group in gaps]
+    shared = basis(*groups)
+    return [[shared / sum(r.inter_token_s[:shared]) for r in filter(counts, runs)] for runs in groups]
 
 
 def coefficient_of_variation(runs: list[Run]) -> float | None:
@@ -71,25 +125,45 @@ def coefficient_of_variation(runs: list[Run]) -> float | None:
     return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
 
 
-def ratio_interval(
-    runs: list[Run], base: list[Run], bandwidth_ratio: float = 1.0
-) -> tuple[float, float] | None:
-    """The 95 % interval of the ratio of two decode rates (Welch 1947, on logarithms); None for too few runs.
+def mean_with_error(logs: list[float]) -> tuple[float, float, float]:
+    """The mean of some logarithms, its squared standard error and the degrees of freedom of that."""
+    return statistics.fmean(logs), statistics.variance(logs) / len(logs), len(logs) - 1
 
-    `bandwidth_ratio` is that of the two processes' memory: it may be in the figures or not, so the
-    interval is widened by it.
+
+def welch(center: float, errors: list[tuple[float, float]]) -> tuple[float, float]:
+    """The 95 % interval around a sum of means (Welch 1947), of (squared error, degrees of freedom) each."""
+    error = sum(squared for squared, _ in errors)
+    uncertain = sum(squared**2 / freedom for squared, freedom in errors)
+    half = student_t(error**2 / uncertain if uncertain else math.inf) * math.sqrt(error)
+    return center - half, center + half
+
+
+def ratio_interval(
+    runs: list[Run],
+    base: list[Run],
+    between: tuple[float, float] = (0, 0),
+    bandwidth_ratio: float = 1.0,
+    host_s: tuple[list[float], list[float]] = ([], []),
+) -> tuple[float, float] | None:
+    """The 95 % interval of the ratio of two decode rates, on logarithms; None for too few runs.
+
+    `between` is the s.d. of each one's logarithm between processes, which runs of one process cannot show.
+    What the two processes' memory bandwidths and yardsticks differ by may be in the figures or not, so the
+    interval holds both: the ratio as it is, and as it would be beside the same memory or the same host.
     """
     logs = [[math.log(rate) for rate in group] for group in rates_over_shared_prefix(runs, base)]
     if min(map(len, logs)) < 2:
         return None
-    errors = [statistics.variance(group) / len(group) for group in logs]
-    center = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
-    error = sum(errors)
-    freedom = error**2 / sum(e**2 / (len(g) - 1) for e, g in zip(errors, logs, strict=True)) if error else 1
-    half = student_t(freedom) * math.sqrt(error)
-    return math.exp(center - half) * min(1, 1 / bandwidth_ratio), math.exp(center + half) * max(
-        1, 1 / bandwidth_ratio
-    )
+    (ours, *our_error), (theirs, *their_error) = map(mean_with_error, logs)
+    errors = [tuple(our_error), tuple(their_error), *((sd**2, math.inf) for sd in between)]
+    low, high = welch(ours - theirs, errors)
+    memory = math.log(bandwidth_ratio)
+    ends = [low, high, low - memory, high - memory]
+    if min(map(len, host_s)) > 1:
+        (mine, *my_error), (other, *other_error) = (mean_with_error([*map(math.log, s)]) for s in host_s)
+        # more seconds for the yardstick: a slower host, beside which the rate was lower than it could be
+        ends += welch(ours - theirs + mine - other, [*errors, tuple(my_error), tuple(other_error)])
+    return math.exp(min(ends)), math.exp(max(ends))
 
 
 def bandwidth_ratio(r: Result, base: Result) -> float:
@@ -99,9 +173,25 @@ def bandwidth_ratio(r: Result, base: Result) -> float:
     return max(ratios, key=lambda x: abs(math.log(x)), default=1.0)
 
 
-def speed_interval(r: Result, base: Result) -> tuple[float, float] | None:
-    """The 95 % interval of r's eager decode rate over base's; None where it is unknown."""
-    return ratio_interval(r.runs, base.runs, bandwidth_ratio(r, base)) if r.devices == base.devices else None
+def speed_interval(
+    r: Result, base: Result, compiled: bool = False, same_machine: bool = True
+) -> tuple[float, float] | None:
+    """The 95 % interval of r's decode rate over base's, both eager or both compiled; None where unknown.
+
+    On one machine other devices are not compared, and what its memory and its host did meanwhile widens the
+    interval; between two machines that is their difference. CUDA graphs are replayed without the host.
+    """
+    measured = [r.compiled, base.compiled] if compiled else [r, base]
+    if not all(measured) or (same_machine and r.devices != base.devices):
+        return None
+    kinds = [
+        ("compiled" if compiled else "eager", (one.devices or ["cpu"])[0].split(":")[0]) for one in (r, base)
+    ]
+    between = tuple(BETWEEN_PROCESSES.get(kind, BETWEEN_UNMEASURED) for kind in kinds)
+    if not same_machine:
+        return ratio_interval(*(one.runs for one in measured), between)
+    host_s = ([], []) if ("compiled", "cuda") in kinds else tuple(one.host_s for one in measured)
+    return ratio_interval(*(one.runs for one in measured), between, bandwidth_ratio(r, base), host_s)
 
 
 def is_about_one(interval: tuple[float, float] | None) -> bool:
@@ -179,11 +269,23 @@ def gpu_share(r: Result) -> float | None:
     return r.kernel_s * rate if r.kernel_s and rate else None
 
 
-def joules_per_token(runs: list[Run]) -> float | None:
-    """Energy of all runs on all devices by their tokens; None under a second: the counter hardly moves."""
+def joules(runs: list[Run]) -> float | None:
+    """Energy of all runs on all devices; None under a second: the counter moves ten times a second."""
     if not runs or any(run.energy_j is None for run in runs) or sum(run.latency_s for run in runs) < 1:
         return None
-    return sum(sum(run.energy_j.values()) for run in runs) / sum(run.generated_tokens for run in runs)
+    return sum(sum(run.energy_j.values()) for run in runs)
+
+
+def joules_per_token(runs: list[Run]) -> float | None:
+    """Energy of all runs by their tokens."""
+    spent = joules(runs)
+    return None if spent is None else spent / sum(run.generated_tokens for run in runs)
+
+
+def mean_watts(runs: list[Run]) -> float | None:
+    """Energy of all runs by the time they took."""
+    spent = joules(runs)
+    return None if spent is None else spent / sum(run.latency_s for run in runs)
 
 
 def saving(r: Result) -> float | None:

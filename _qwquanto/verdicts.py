@@ -9,6 +9,7 @@ from _qwquanto.results import Result, Run
 from _qwquanto.stats import (
     KL_KEPT,
     MIN_RATE_TOKENS,
+    TOO_WIDE,
     UNSTABLE,
     answer_quality,
     coefficient_of_variation,
@@ -72,7 +73,17 @@ def warnings_for(r: Result) -> list[str]:
         found += instability("compiled", r.compiled.runs, bool(s.compare))
         if r.compiled.recompilations:
             found.append(f"The timed runs include {plural(r.compiled.recompilations, 'recompilation')}.")
+    found += throttling("eager", r.throttled) + throttling("compiled", r.compiled and r.compiled.throttled)
     return found + r.notes
+
+
+def throttling(kind: str, shares: dict[str, float] | None) -> list[str]:
+    """Why the GPU ran slower than it could during some runs; a moment of it is nothing to tell."""
+    found = {reason: share for reason, share in (shares or {}).items() if share > UNSTABLE}
+    if not found:
+        return []
+    reasons = " and ".join(f"{reason} ({percent(share)} % of the time)" for reason, share in found.items())
+    return [f"The GPU was slowed down during the {kind} runs by {reasons}: cool it, or raise its limit."]
 
 
 def instability(kind: str, runs: list[Run], same_work: bool, host_bound: bool = False) -> list[str]:
@@ -117,6 +128,17 @@ def comparability_warnings(results: list[Result]) -> list[str]:
         if max(speeds) > 1.1 * min(speeds):
             span = f"{format_3g(min(speeds), 1e9)} to {format_3g(max(speeds), 1e9)} GB/s"
             found.append(f"Memory of {device} delivered {span}: the intervals of speeds are widened by it.")
+    for kind in ("eager", "compiled"):
+        if kind == "compiled" and any(device.startswith("cuda") for r in results for device in r.devices):
+            continue  # CUDA graphs are replayed without the host
+        measured = {r.label: r if kind == "eager" else r.compiled for r in results}
+        seconds = {
+            k: statistics.geometric_mean(one.host_s) for k, one in measured.items() if one and one.host_s
+        }
+        if seconds and max(seconds.values()) > 1.1 * min(seconds.values()):
+            slow, fast = max(seconds, key=seconds.get), min(seconds, key=seconds.get)
+            times = f"{format_3g(seconds[slow] / seconds[fast])} times as slow beside {slow} as beside {fast}"
+            found.append(f"{kind.capitalize()} runs: the host was {times}: intervals are widened by it.")
     return found
 
 
@@ -152,20 +174,15 @@ def recommendation(results: list[Result]) -> list[str]:
     elif len(done) == 1 and done[0].is_reference:
         only = f"[bold]Only {reference_of(results)} was measured to its end[/]"
         lines.append(f"{only}: there is nothing to compare its answers with.")
+    elif done[0].settings.random_weights:
+        lines.append("[bold]Random weights[/] have speed and memory; a recommendation needs real ones.")
     else:
         lines.append("[bold]Quality was not measured[/], so none is recommended.")
     if len(done) > 1 and len({tuple(r.devices) for r in done}) == 1:
-        fastest = max(done, key=lambda r: decode_rate(r.runs))
-        line = f"Fastest: {fastest.label} ({format_3g(decode_rate(fastest.runs))} tokens/s)"
-        intervals = {r.label: speed_interval(r, fastest) for r in done if r is not fastest}
-        near = [name for name, interval in intervals.items() if is_about_one(interval)]
-        unsure = [
-            n for n, interval in intervals.items() if n not in near and (not interval or interval[1] >= 1)
-        ]
-        line += f", about as fast: {', '.join(near)}" if near else ""
-        line += f", possibly as fast: {', '.join(unsure)}" if unsure else ""
+        lines += [fastest(done, compiled) for compiled in (False, True)]
         smallest = min(done, key=lambda r: r.weight_bytes)
-        lines.append(f"{line}. Smallest: {smallest.label} ({gib(smallest.weight_bytes)} GiB).")
+        lines.append(f"Smallest: {smallest.label} ({gib(smallest.weight_bytes)} GiB).")
+    lines = [line for line in lines if line]
     for said in dict.fromkeys(answer_quality(r) for r in done):
         if said not in ("kept", "–"):
             lines[-1] += f" Answers {said}: {', '.join(r.label for r in done if answer_quality(r) == said)}."
@@ -175,3 +192,28 @@ def recommendation(results: list[Result]) -> list[str]:
     if left_out := [r.label for r in results if not r.eager_complete]:
         lines.append(f"[bold yellow]Not measured to the end, so left out here: {', '.join(left_out)}.[/]")
     return lines
+
+
+def fastest(done: list[Result], compiled: bool) -> str:
+    """All speeds, the best first, and the winner where its interval excludes the others."""
+    measured = {r.label: r.compiled if compiled else r for r in done}
+    rates = {label: decode_rate(one.runs) if one else None for label, one in measured.items()}
+    ranked = sorted((r for r in done if rates[r.label]), key=lambda r: -rates[r.label])
+    if len(ranked) < 2:
+        return ""
+    first, *others = ranked
+    speeds = ", ".join(f"{r.label} {format_3g(rates[r.label])}" for r in ranked)
+    line = f"{'Compiled' if compiled else 'Eager'}: {speeds} tokens/s"
+    intervals = {r.label: speed_interval(r, first, compiled) for r in others}
+    rivals = {name: interval for name, interval in intervals.items() if not interval or interval[1] >= 1}
+    names = [first.label, *rivals]
+    if not rivals:
+        return f"{line}; {first.label} is the fastest."
+    if None in rivals.values():
+        return f"{line}; two runs of {MIN_RATE_TOKENS} tokens each would tell the fastest."
+    if all(map(is_about_one, rivals.values())):
+        return f"{line}; {', '.join(names[:-1])} and {names[-1]} are about equal."
+    low, high = max(rivals.values(), key=lambda interval: interval[1] / interval[0])
+    if high > TOO_WIDE * low:
+        return f"{line}; too noisy to name the fastest of {', '.join(names)}: measure again."
+    return f"{line}; {', '.join(names[:-1])} or {names[-1]} is the fastest (borderline)."

@@ -31,7 +31,7 @@ def test_versions_that_no_gpu_test_has_seen_are_told():
 def test_sentences_say_what_was_done():
     assert heading(result()).endswith(", on cpu, batch 1")
     single = result(runs=[run(ttft_s=0.0658)], compiled=compiled(20, 20))
-    assert "one run of up to 40 new tokens" in str(speed_table([single])[0])
+    assert "one run, first 40 tokens" in str(speed_table([single])[0])
     assert "x eager rests on a single eager run." in speed_table([single], compiled=True)
     assert "x eager rests on a single eager run." not in speed_table([result(compiled=compiled(9))], True)
     slow = result(runs=[run(ttft_s=0.0658), run(ttft_s=0.0658)])

@@ -343,7 +343,7 @@ def test_an_end_within_a_comparison_prints_what_has_finished(script, tmp_path):
     worker = worker_of(terminal.process)
     terminal.press_ctrl_c()
     shown = check_interrupted(terminal, worker.pid)
-    assert "40 new tokens" in shown and re.search(r"^\| bf16 ", shown, re.MULTILINE)
+    assert "first 40 tokens" in shown and re.search(r"^\| bf16 ", shown, re.MULTILINE)
     assert [r["settings"]["weights"] for r in script.results] == [None]
     assert not list(script.temporary.glob("qwquanto-*"))
 

@@ -1,4 +1,4 @@
-"""Devices, their memory, bandwidth and energy. torch, psutil and NVML."""
+"""Devices, their memory, bandwidth and energy, and how fast their host is now. torch, psutil and NVML."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,13 @@ import torch
 from _qwquanto.channel import Failure, first_line
 
 CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
+THROTTLING = {  # what NVML says of a GPU that runs slower than it could -> the reason in words
+    pynvml.nvmlClocksEventReasonSwPowerCap: "its power limit",
+    pynvml.nvmlClocksEventReasonHwSlowdown: "heat or power, by its hardware",
+    pynvml.nvmlClocksEventReasonSwThermalSlowdown: "heat",
+    pynvml.nvmlClocksEventReasonHwThermalSlowdown: "heat",
+    pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "the power supply",
+}
 
 
 def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
@@ -100,6 +108,44 @@ def energy_j(handles: dict[str, Any]) -> dict[str, float]:
         return {}
 
 
+def throttle_reasons(handles: dict[str, Any]) -> set[str]:
+    """Why the GPUs run slower now than they could; empty where the driver does not tell."""
+    now = 0
+    for handle in handles.values():
+        # the second is the first's name until 2023, which older drivers alone have
+        for ask in (
+            pynvml.nvmlDeviceGetCurrentClocksEventReasons,
+            pynvml.nvmlDeviceGetCurrentClocksThrottleReasons,
+        ):
+            with contextlib.suppress(pynvml.NVMLError):
+                now |= ask(handle)
+                break
+    return {text for bit, text in THROTTLING.items() if now & bit}
+
+
+def host_yardstick(device: str) -> Callable[[], float]:
+    """A function that takes the seconds of a fixed job, which tell how fast the host of a device is now.
+
+    Products of a vector and a matrix, as in decode: on a CPU all threads work on each, on a GPU they are so
+    small that calling them from Python is what takes the time. Some 50 ms: less fits between two turns of
+    another program, and does not feel it.
+    """
+    size, times = (1024, 400) if device == "cpu" else (256, 4000)
+    vector = torch.ones(1, size, device=device)
+    matrix = torch.ones(size, size, device=device)
+
+    def seconds() -> float:
+        synchronize([device])
+        begin = time.perf_counter()
+        for _ in range(times):
+            torch.nn.functional.linear(vector, matrix)
+        synchronize([device])
+        return time.perf_counter() - begin
+
+    seconds()  # the first visit is slower
+    return seconds
+
+
 def synchronize(devices: list[str]) -> None:
     """Wait for all work on all devices."""
     for device in devices:
@@ -179,15 +225,19 @@ def snapshot(devices: list[str], handles: dict[str, Any]) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callable[[], dict[str, int]]]:
+def peak_memory(
+    devices: list[str], handles: dict[str, Any], throttled: dict[str, float] | None = None
+) -> Iterator[Callable[[], dict[str, int]]]:
     """Watches memory within the block; the function it yields gives the peaks so far, named as in `snapshot`.
 
     A thread polls, ten times a second, what keeps no peak itself; polling CUDA's allocator would slow runs.
+    The function also fills `throttled`: reason -> share of the time in which the GPUs were slowed down by it.
     """
     for device in devices:
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
     seen = {}
+    reasons = []  # of each look
     ended = threading.Event()
 
     def look() -> dict[str, int]:
@@ -198,11 +248,18 @@ def peak_memory(devices: list[str], handles: dict[str, Any]) -> Iterator[Callabl
     def watch() -> None:
         while not ended.wait(0.1):
             look()
+            reasons.append(throttle_reasons(handles))
+
+    def peaks() -> dict[str, int]:
+        if throttled is not None:
+            counts = Counter(reason for found in reasons for reason in found)
+            throttled.update({reason: count / len(reasons) for reason, count in counts.items()})
+        return torch_memory(devices, "peak") | look()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield lambda: torch_memory(devices, "peak") | look()
+        yield peaks
     finally:
         ended.set()
         watcher.join()

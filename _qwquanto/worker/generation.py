@@ -19,7 +19,7 @@ from _qwquanto.results import Compiled, Result, Run
 from _qwquanto.settings import Settings
 from _qwquanto.stats import median, utilization
 from _qwquanto.text import duration, format_3g, plural
-from _qwquanto.worker.devices import energy_j, peak_memory, synchronize
+from _qwquanto.worker.devices import energy_j, host_yardstick, peak_memory, synchronize
 from _qwquanto.worker.loading import NO_FIT_ADVICE
 
 # A warm-up run lasts until it has reached both, and all of them so long: a GPU machine is slow at first.
@@ -169,12 +169,15 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
     runs = target.runs
     if target is not result:
         kind = "compiled "
-    with peak_memory(bench.devices, bench.handles) as peak:
+    yardstick = host_yardstick(bench.devices[0])
+    target.host_s.append(yardstick())
+    with peak_memory(bench.devices, bench.handles, target.throttled) as peak:
         for i in range(count):
             left = duration((count - i) * median(r.latency_s for r in runs)) + " to go, " if runs else ""
             name = f"{kind}run {i + 1} of {count}"
             run = run_once(bench, bench.settings.seed + i, left + name)
             runs.append(run)
+            target.host_s.append(yardstick())
             result.memory["peak of runs" if target is result else "peak of compiled runs"] = peak()
             target.bandwidth_utilization = utilization(result, runs)
             save(result)

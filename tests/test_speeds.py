@@ -1,0 +1,509 @@
+"""What is said of speeds: one basis, intervals, words, energy; hand-made Results for every rule."""
+
+import dataclasses
+import io
+import json
+import math
+import random
+import statistics
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import pynvml
+import pytest
+import torch
+from bench_reproducibility import between_processes
+from conftest import t_quantile
+from fake_model import FakeModel, bench
+from results import (
+    compiled,
+    compiled_comparison,
+    files,
+    gpu_comparison,
+    piped,
+    result,
+    run,
+    runs,
+    settings,
+)
+
+from _qwquanto.claims import speed_verdict
+from _qwquanto.console import render
+from _qwquanto.report import energy_lines, speed_table
+from _qwquanto.results import Benchmark, Result, from_json, to_json
+from _qwquanto.saved import files_report, speed_change
+from _qwquanto.stats import (
+    BETWEEN_PROCESSES,
+    BETWEEN_UNMEASURED,
+    basis,
+    decode_rate,
+    is_about_one,
+    mean_watts,
+    on_one_basis,
+    ratio_interval,
+    speed_interval,
+    student_t,
+)
+from _qwquanto.verdicts import comparability_warnings, fastest, recommendation, warnings_for
+from _qwquanto.worker import devices, generation
+from _qwquanto.worker.devices import host_yardstick, peak_memory, throttle_reasons
+
+
+def shown(parts):
+    """Parts of a report as a pipe gets them."""
+    out = io.StringIO()
+    render(parts, out)
+    return out.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------- one basis
+
+
+def falling(rate, tokens):
+    """A run that makes `rate` tokens/s up to its 40th token and half of that afterwards."""
+    return run(rate, tokens, inter_token_s=[1 / rate] * 39 + [2 / rate] * (tokens - 40))
+
+
+def test_medians_spreads_and_ratios_rest_on_the_tokens_that_all_rows_reached():
+    """bf16 was ended at 40 tokens, the others went on and slowed: over the first 40 all are as they were."""
+    base = result("none", runs=[run(20, 40), run(20, 40)], compare=("none", "int8"))
+    int8 = result("int8", runs=[falling(20, 200), falling(20, 200)], compare=("none", "int8"))
+    int8.runs = [replace(r, decode_tokens_per_s=12.0) for r in int8.runs]  # of the whole runs
+    table = shown(speed_table(on_one_basis([base, int8])))
+    assert "medians of 2 runs, first 40 tokens" in table
+    assert "| int8    | ████ 20.0 ±0.0 |     1.00 |" in table
+    assert int8.runs[0].decode_tokens_per_s == 12.0 and len(int8.runs[0].inter_token_s) == 199
+
+
+def test_compiled_and_eager_rows_have_the_same_basis():
+    eager, step = [run(10, 50)] * 2, compiled(runs=[falling(30, 100)] * 2)
+    (cut,) = on_one_basis([result("int8", runs=eager, compiled=step)])
+    lengths = {len(r.inter_token_s) for r in cut.runs + cut.compiled.runs}
+    assert lengths == {49} and decode_rate(cut.compiled.runs) == pytest.approx(49 / (39 / 30 + 10 / 15))
+
+
+def test_answers_of_fewer_than_32_tokens_neither_shorten_the_basis_nor_count_in_it():
+    long, short = run(10, 40), run(99, 20)
+    assert basis([long, short], [run(10, 32)]) == 31 and basis([short]) == 0
+    (cut,) = on_one_basis([result("int8", runs=[long, long, short])])
+    assert decode_rate(cut.runs) == pytest.approx(10) and len(cut.runs) == 3
+    (alone,) = on_one_basis([result("int8", runs=[short, short])])
+    assert decode_rate(alone.runs) == pytest.approx(99)
+
+
+def test_there_is_no_ratio_below_32_tokens():
+    def speed_up(tokens):
+        made = [
+            result(name, runs=[run(10, tokens)] * 2, compiled=compiled(20, 20)) for name in ("none", "int8")
+        ]
+        tables = shown(speed_table(on_one_basis(made))), shown(speed_table(on_one_basis(made), compiled=True))
+        return [
+            line.split("|")[3].strip() for table in tables for line in table.splitlines() if "| int8" in line
+        ]
+
+    assert speed_up(32) == ["1.00", "1.00"] and speed_up(31) == ["–", "1.00"]
+    few = [result(name, runs=[run(10, 31)] * 2) for name in ("none", "int8")]
+    assert "first" not in shown(speed_table(few)) and "medians of 2 runs of up to 31 tokens" in shown(
+        speed_table(few)
+    )
+
+
+def test_two_files_have_one_basis_too():
+    a, b = (Benchmark([result("int8", runs=[falling(20, n)] * 2)]) for n in (40, 200))
+    table = shown(files_report(["a.json", "b.json"], [a, b]))
+    assert "Decode eager and compiled over the first 40 tokens," in table
+    assert table.count(" 20.0 ±0.0 |") == 2 and "about the same" in table
+
+
+# -------------------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize("freedom", [1, 1.2, 1.5, 1.9, 2, 2.7, 4, 7.3, 9.9, 10, 10.5, 11, 30])
+def test_students_t_of_any_degrees_of_freedom(freedom):
+    assert t_quantile(freedom) * 0.999 < student_t(freedom) < t_quantile(freedom) * 1.03
+    assert student_t(0.5) == student_t(1) and student_t(math.inf) == 1.96
+
+
+def test_what_differs_between_processes_is_in_the_interval_of_a_ratio():
+    """Runs that agree to the last digit leave the s.d. of each process."""
+    for kind, device in (("eager", "cpu"), ("compiled", "cuda"), ("eager", "cuda")):
+        name = {"cpu": "cpu", "cuda": "cuda:0"}[device]
+        made = [result(w, (10, 10), devices=[name], compiled=compiled(10, 10)) for w in ("none", "int8")]
+        low, high = speed_interval(*made, compiled=kind == "compiled")
+        between = BETWEEN_PROCESSES.get((kind, device), BETWEEN_UNMEASURED)
+        assert math.log(high) == pytest.approx(1.96 * between * math.sqrt(2)) == -math.log(low)
+
+
+def test_noise_within_and_between_processes_add_in_quadrature():
+    first, second = runs(9.9, 10.0, 10.1), runs(9.9, 10.0, 10.1)
+    alone = [math.log(x) for x in ratio_interval(first, second)]
+    both = [math.log(x) for x in ratio_interval(first, second, (0.03, 0.04))]
+    within = 2 * statistics.variance(math.log(rate) for rate in (9.9, 10.0, 10.1)) / 3
+    assert alone[1] == pytest.approx(t_quantile(4) * math.sqrt(within), rel=1e-3)
+    freedom = (within + 0.05**2) ** 2 / (2 * (within / 2) ** 2 / 2)
+    assert freedom > 1000 and both[1] == pytest.approx(1.96 * math.sqrt(within + 0.05**2), rel=1e-2)
+
+
+def test_a_host_that_was_slower_beside_one_widens_the_interval_to_its_side():
+    base, r = result("none", (10, 10), host_s=[0.05] * 3), result("int8", (10, 10), host_s=[0.05] * 3)
+    low, high = speed_interval(r, base)
+    for unknown in ([], [0.09]):  # a file of an older version; a run that was interrupted
+        assert speed_interval(replace(r, host_s=unknown), base) == (low, high)
+    slow = replace(r, host_s=[0.1] * 3)  # it may have made a model that is twice as fast look the same
+    assert speed_interval(slow, base) == pytest.approx((low, 2 * high))
+    assert speed_interval(base, slow) == pytest.approx((low / 2, high))
+    assert speed_interval(slow, base, same_machine=False) == pytest.approx((low, high))
+    (line,) = comparability_warnings([base, slow])
+    assert "Eager runs: the host was 2.00 times as slow beside int8 as beside bf16: intervals are" in line
+    assert comparability_warnings([base, replace(r, host_s=[0.054] * 3)]) == []
+
+
+def test_a_yardstick_that_scatters_says_less_and_widens_more():
+    base, r = result("none", (10, 10), host_s=[0.05] * 3), result("int8", (10, 10), host_s=[0.05] * 3)
+    seconds = [0.04, 0.05, 0.0625]  # the same mean of logarithms
+    low, high = map(math.log, speed_interval(replace(r, host_s=seconds), base))
+    scatter = math.log(0.05 / 0.04) ** 2 / 3  # squared standard error, two degrees of freedom
+    error = scatter + 2 * 0.015**2
+    freedom = error**2 / (scatter**2 / 2)
+    assert high == pytest.approx(t_quantile(freedom) * math.sqrt(error), rel=5e-3) == -low
+
+
+def test_graphs_that_are_replayed_on_cuda_do_not_wait_for_the_host():
+    def measured(name, device, host_s):
+        return result(name, devices=[device], compiled=compiled(20, 20, host_s=[host_s] * 2))
+
+    for device, widened in (("cuda:0", 1), ("cpu", 2)):
+        quiet, busy = measured("none", device, 0.05), measured("int8", device, 0.1)
+        alike = speed_interval(quiet, quiet, compiled=True)
+        assert speed_interval(busy, quiet, compiled=True)[1] == pytest.approx(widened * alike[1])
+        told = comparability_warnings([quiet, busy])
+        assert [line[:14] for line in told] == (["Compiled runs:"] if device == "cpu" else [])
+
+
+def test_memory_and_host_are_no_two_excuses_but_the_larger_one():
+    base = result("none", (10, 10), host_s=[0.05] * 2)
+    r = result("int8", (10, 10), host_s=[0.1] * 2, memory_bytes_per_s={"cpu": 1e10})  # half of base's
+    _, high = speed_interval(result("int8", (10, 10)), base)
+    assert speed_interval(r, base)[1] == pytest.approx(2 * high)
+
+
+# ------------------------------------------------------------------------------------------------------ words
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((0.9, 1.5), "met"),  # wide, and yet on one side of the limit
+        ((0.3, 0.89), "not met"),
+        ((0.89, 0.91), "borderline"),
+        ((0.899, 1.34), "borderline"),
+        ((0.5, 4.0), "too noisy (0.500 to 4.00 times): measure again"),
+        (None, "unknown: needs two runs of 32 tokens"),
+    ],
+)
+def test_the_limit_comes_first_and_an_open_verdict_says_what_to_do(interval, verdict):
+    assert speed_verdict(interval, 0.9) == verdict
+
+
+@pytest.mark.parametrize(
+    ("interval", "cell"),
+    [
+        ((0.95, 1.04), "about the same"),
+        ((0.91, 1.099), "about the same"),
+        ((0.85, 1.02), "borderline (0.850 to 1.02 x)"),
+        ((0.93, 0.97), "0.930 to 0.970 x"),  # small, and there
+        ((1.2, 3.0), "1.20 to 3.00 x"),
+        ((0.5, 4.0), "too noisy (0.500 to 4.00 x): measure again"),
+        (None, "–"),
+    ],
+)
+def test_how_a_file_stands_to_another(interval, cell):
+    assert speed_change(interval) == cell
+    assert is_about_one(interval) == (cell == "about the same")
+
+
+# --------------------------------------------------------------------------------------------------- headline
+
+
+def named(*made, compiled=False):
+    return fastest(list(made), compiled)
+
+
+def test_a_winner_is_named_only_if_its_interval_excludes_all_others():
+    first, second = result("none", (20, 20)), result("int8", (10, 10))
+    assert named(first, second) == "Eager: bf16 20.0, int8 10.0 tokens/s; bf16 is the fastest."
+    near = result("int4", (19.8, 20))
+    assert named(first, second, near).endswith("; bf16 and int4 are about equal.")
+    close = result("int4", (17, 18.5, 20.4))
+    assert named(first, second, close).endswith("; bf16 or int4 is the fastest (borderline).")
+    noisy = result("int4", (8, 18))
+    told = "too noisy to name the fastest of bf16, int4: measure again."
+    assert named(first, second, noisy).endswith(told)
+    assert (
+        named(first, second, near, noisy).endswith("fastest of bf16, int4, float8: measure again.") is False
+    )
+    disturbed = result("int8", (10, 10), host_s=[0.2] * 2)
+    assert "measure again" in named(result("none", (20, 20), host_s=[0.05] * 2), disturbed)
+    assert named(first) == ""
+
+
+def test_eager_and_compiled_have_a_line_each():
+    made = [
+        result("none", (34.3, 34.3), compiled=compiled(357, 357.1)),
+        result("int8", (18.8, 18.8), compiled=compiled(496, 496.1)),
+        result("int4", (26.5, 26.5), compiled=compiled(523, 523.1)),
+    ]
+    eager, step, smallest = recommendation(made)[1:4]
+    assert eager == "Eager: bf16 34.3, int4 26.5, int8 18.8 tokens/s; bf16 is the fastest."
+    assert step.startswith("Compiled: int4 523, int8 496, bf16 357 tokens/s; ")
+    assert smallest.startswith("Smallest: ")
+    without = recommendation([replace(r, compiled=None) for r in made])
+    assert not any("Compiled" in line for line in without)
+
+
+def test_random_weights_ask_for_real_ones():
+    s = settings(random_weights=True, compare=("none", "int8"))
+    made = [result("none", settings=replace(s, weights=None), is_reference=False), result("int8", settings=s)]
+    assert "a recommendation needs real ones" in recommendation(made)[0]
+    assert (
+        "Quality was not measured" in recommendation([result("none", is_reference=False), result("int8")])[0]
+    )
+
+
+# ----------------------------------------------------------------------------------------- energy, throttling
+
+
+def test_joules_are_of_warm_up_and_timed_runs_of_one_kind():
+    """0.4 s of timed runs alone would be too short for NVML's counter."""
+    spent = {"energy_j": {"cuda:0": 30.0, "cuda:1": 10.0}, "latency_s": 0.2}
+    warm = run(tokens=20, energy_j={"cuda:0": 90.0}, latency_s=0.8)
+    r = result(warmup=[warm], runs=[run(tokens=40, **spent)] * 2)
+    step = compiled(warmup=[warm], runs=r.runs)
+    assert energy_lines([r, result(), replace(r, runs=[], compiled=step)]) == [
+        "Energy a token, eager: int8 1.70 J (142 W).",  # 170 J, 100 tokens, 1.2 s
+        "Energy a token, compiled: int8 1.70 J (142 W).",
+        "",
+    ]
+    assert energy_lines([replace(r, warmup=[]), result()]) == [] and mean_watts([run()]) is None
+
+
+def test_every_row_of_a_gpu_comparison_has_its_energy():
+    lines = [line for line in piped(Benchmark(gpu_comparison())).splitlines() if "Energy a token" in line]
+    each = ", ".join(f"{name} 3.48 J (35 W)" for name in ("bf16", "int8", "int4", "int2"))
+    assert lines == [f"Energy a token, {kind}: {each}." for kind in ("eager", "compiled")]
+
+
+class Driver:
+    """NVML's answers: an old driver lacks the newer name."""
+
+    def __init__(self, monkeypatch, *bits, old=False):
+        def newer(handle):
+            if old:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+            return answers()
+
+        answers = iter(bits).__next__
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", newer)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda handle: answers())
+
+
+def test_nvmls_reasons_in_words(monkeypatch):
+    idle, power, heat, hot = 0x1, 0x4, 0x20, 0x40
+    Driver(monkeypatch, idle, power | idle, heat | hot)
+    handles = {"cuda:0": "a"}
+    found = [throttle_reasons(handles) for _ in range(3)]
+    assert found == [set(), {"its power limit"}, {"heat"}] and throttle_reasons({}) == set()
+    Driver(monkeypatch, heat, old=True)
+    assert throttle_reasons(handles) == {"heat"}
+
+
+def test_a_driver_that_tells_no_reasons_costs_nothing(monkeypatch):
+    def unknown(handle):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
+        monkeypatch.setattr(pynvml, name, unknown)
+    assert throttle_reasons({"cuda:0": "a"}) == set()
+
+
+def test_the_thread_that_polls_memory_sees_throttling(monkeypatch):
+    looks, four = [], threading.Event()
+
+    def reasons(handles):
+        looks.append(handles)
+        if len(looks) == 4:
+            four.set()
+        return {"heat"} if len(looks) < 3 else set()
+
+    monkeypatch.setattr(devices, "throttle_reasons", reasons)
+    monkeypatch.setattr(devices, "polled_memory", lambda *_: {"rss": 7})
+    shares = {}
+    with peak_memory([], {"cuda:0": "a"}, shares) as peak:
+        assert four.wait(60)
+    assert peak()["rss"] == 7 and shares == {"heat": 2 / len(looks)} and looks[0] == {"cuda:0": "a"}
+
+
+def test_throttling_is_told_with_its_reason_and_kind():
+    def told(**changes):
+        return [line for line in warnings_for(result("int8", **changes)) if "slowed down" in line]
+
+    assert told(throttled={"heat": 0.02}) == told() == [], "a moment of it is nothing"
+    (line,) = told(throttled={"heat": 0.35})
+    assert "slowed down during the eager runs by heat (35.0 % of the time): cool it, or raise its" in line
+    (line,) = told(compiled=compiled(20, 20, throttled={"its power limit": 1.0, "heat": 0.5}))
+    assert "the compiled runs by its power limit (100 % of the time) and heat (50.0 % of the time)" in line
+
+
+# -------------------------------------------------------------------------------------------------- yardstick
+
+
+def test_between_processes_is_what_their_runs_do_not_explain():
+    alike = [[10.0, 10.2, 9.8]] * 3
+    between, within = between_processes(alike)
+    assert between == 0 and within == pytest.approx(0.02, rel=1e-3)
+    apart = [[9.0, 9.0], [10.0, 10.0], [11.0, 11.0]]
+    assert between_processes(apart) == (pytest.approx(statistics.stdev(map(math.log, (9, 10, 11)))), 0)
+
+
+POWER = 400  # simulated pairs of processes
+
+
+def told_of_pairs(slower, within=0.01, between=0.015):
+    """What `--show` says of simulated pairs of builds, the second slower by a factor; five runs each."""
+    noise = random.Random(0)
+
+    def process(rate):
+        rate *= math.exp(noise.gauss(0, between))
+        return result("int8", runs=[run(rate * math.exp(noise.gauss(0, within))) for _ in range(5)])
+
+    pairs = [(process(30), process(30 / slower)) for _ in range(POWER)]
+    return Counter(
+        "same"
+        if is_about_one(interval)
+        else "slower"
+        if interval[1] < 1
+        else "faster"
+        if interval[0] > 1
+        else "open"
+        for interval in (speed_interval(b, a) for a, b in pairs)
+    )
+
+
+def test_one_build_is_about_the_same_and_a_handicap_is_seen():
+    """With the noise that a quiet machine has: 1 % between runs, 1.5 % between processes."""
+    same, large, small = (told_of_pairs(slower) for slower in (1.0, 1.15, 1.05))
+    assert same["same"] > 0.92 * POWER and same["slower"] + same["faster"] < 0.08 * POWER, same
+    assert large["slower"] > 0.99 * POWER, large
+    assert small["faster"] == 0 and small["slower"] > 0.4 * POWER, small
+    assert small["slower"] + small["same"] > 0.98 * POWER, small
+
+
+def test_the_yardstick_is_laid_before_between_and_after_the_runs(monkeypatch):
+    """Eager and compiled; on the device under test, and outside of what is timed."""
+    order = []
+
+    def yardstick(device):
+        order.append(device)
+        return lambda: order.append("yardstick") or 0.05
+
+    monkeypatch.setattr(generation, "host_yardstick", yardstick)
+    monkeypatch.setattr(generation, "run_once", lambda *_: order.append("run") or run())
+    for name in ("save", "log"):
+        monkeypatch.setattr(generation, name, lambda *_: None)
+    r = Result(settings(), compiled=compiled())
+    for target in (r, r.compiled):
+        order.clear()
+        generation.timed_runs(bench(FakeModel(None, [])), r, target, 2)
+        assert order == ["cpu", "yardstick", "run", "yardstick", "run", "yardstick"]
+        assert target.host_s == [0.05] * 3
+
+
+def test_the_yardstick_is_a_fixed_number_of_products_between_two_synchronizations(monkeypatch):
+    calls = []
+    real = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: calls.append("product") or real(*a))
+    monkeypatch.setattr(devices, "synchronize", lambda which: calls.append(which))
+    seconds = host_yardstick("cpu")
+    calls.clear()
+    assert seconds() > 0
+    assert calls == [["cpu"], *["product"] * 400, ["cpu"]]
+
+
+def test_yardsticks_and_throttling_outlive_the_file_and_older_files_lack_them():
+    r = result(host_s=[0.05, math.nan], throttled={"heat": 0.5}, compiled=compiled(10, host_s=[0.04]))
+    plain = json.loads(json.dumps(dataclasses.asdict(Benchmark([r]))).replace("NaN", "null"))
+    (found,) = from_json(json.dumps(plain)).results
+    assert (found.host_s, found.throttled, found.compiled.host_s) == ([0.05], {"heat": 0.5}, [0.04])
+    for measured in (plain["results"][0], plain["results"][0]["compiled"]):
+        del measured["host_s"], measured["throttled"]
+    (older,) = from_json(json.dumps(plain)).results
+    assert older.host_s == [] and older.compiled.throttled == {}
+
+
+# ------------------------------------------------------------------------------- recomputed from a saved file
+
+
+def interval_of(file, name, other, kind="runs"):
+    """A reader's interval of two precisions' ratio, from the JSON alone, with a Student's t of his own."""
+    rows = {r["settings"]["weights"] or "none": r for r in file["results"]}
+    every = [one for r in rows.values() for one in (r, r["compiled"]) if one]
+    tokens = min(len(x["inter_token_s"]) for r in every for x in r["runs"])
+    pair = [rows[n] if kind == "runs" else rows[n]["compiled"] for n in (name, other)]
+    logs = [[math.log(tokens / sum(x["inter_token_s"][:tokens])) for x in r["runs"]] for r in pair]
+    within = [statistics.variance(log) / len(log) for log in logs]
+    device = rows[name]["devices"][0].split(":")[0]
+    between = {("runs", "cpu"): 0.015, ("compiled", "cuda"): 0.009}.get((kind, device), 0.03)
+    error = sum(within) + 2 * between**2
+    freedom = error**2 / sum(v**2 / (len(log) - 1) for v, log in zip(within, logs, strict=True))
+    half = (t_quantile(freedom) if freedom < 200 else 1.96) * math.sqrt(error)
+    center = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
+    ends = [center - half, center + half]
+    if all(r["host_s"] for r in pair) and (kind, device) != ("compiled", "cuda"):
+        hosts = [[math.log(seconds) for seconds in r["host_s"]] for r in pair]
+        more = [statistics.variance(log) / len(log) for log in hosts]
+        terms = [*zip(within, logs, strict=True), *zip(more, hosts, strict=True)]
+        error += sum(more)
+        freedom = error**2 / sum(v**2 / (len(log) - 1) for v, log in terms)
+        half = (t_quantile(freedom) if freedom < 200 else 1.96) * math.sqrt(error)
+        center += statistics.fmean(hosts[0]) - statistics.fmean(hosts[1])
+        ends += [center - half, center + half]
+    return math.exp(min(ends)), math.exp(max(ends))
+
+
+@pytest.mark.parametrize("made", [compiled_comparison, gpu_comparison])
+def test_a_reader_with_the_file_alone_comes_to_the_same_headline_and_verdict(made):
+    made = [r for r in made() if r.runs]
+    for i, r in enumerate(made):  # the host was a little slower beside each one than beside the one before
+        r.host_s = [0.05 + 0.002 * i, 0.051 + 0.002 * i, 0.052 + 0.002 * i]
+        r.compiled.host_s = r.host_s[::2]
+    file, text = json.loads(to_json(Benchmark(made))), piped(Benchmark(made))
+    low, high = interval_of(file, "int8", "none")
+    assert speed_interval(made[1], made[0]) == pytest.approx((low, high), rel=2e-3)
+    assert 0.5 < high < 0.9
+    (row,) = [line for line in text.splitlines() if "at least 90 % of the speed" in line]
+    assert f"({100 * low:.1f} to {100 * high:.1f})" in row and "not met" in row
+    for kind, first, title in (
+        ("runs", "none", "Eager: bf16 20.0"),
+        ("compiled", "int8", "Compiled: int8 41.0"),
+    ):
+        (line,) = [line for line in text.splitlines() if line.startswith(title)]
+        others = [r.name for r in made if r.name != first]
+        clear = all(interval_of(file, name, first, kind)[1] < 1 for name in others)
+        assert line.endswith("is the fastest.") == clear, line
+    assert ("int8 is the fastest" in text) == (made[0].devices == ["cuda:0"]), "noise is smaller there"
+
+
+def test_a_reader_with_two_files_comes_to_the_same_cells():
+    names, benchmarks = files()
+    text = shown(files_report(names, benchmarks))
+    before, after = (json.loads(to_json(b)) for b in benchmarks)
+    old = [r for r in before["results"] if r["settings"]["weights"] == "int4"]
+    for r in old:
+        r["settings"]["weights"] = "old int4"
+    low, high = interval_of({"results": [*after["results"], *old]}, "int4", "old int4")
+    cell = f"{low:#.3g} to {high:#.3g} x"
+    assert f"| after int4   | {cell} " in text and low > 1
+    same = {"results": [*after["results"], before["results"][1] | {"settings": {"weights": "old int8"}}]}
+    low, high = interval_of(same, "int8", "old int8")
+    assert 1 / 1.1 < low < 1 < high < 1.1 and "| after int8   | about the same " in text
