@@ -11,7 +11,14 @@ from _qwquanto.channel import Failure
 from _qwquanto.console import escape, render, save_report, table
 from _qwquanto.report import alerts, hardware, report, row_label
 from _qwquanto.results import Benchmark, Result, Run, from_json
-from _qwquanto.stats import bandwidth_ratio, is_about_one, kl_interval, peak_bytes, ratio_interval
+from _qwquanto.stats import (
+    bandwidth_ratio,
+    is_about_one,
+    kl_difference,
+    kl_interval,
+    peak_bytes,
+    ratio_interval,
+)
 from _qwquanto.text import format_3g, gib, kl_text, plural, rate_text
 
 
@@ -45,11 +52,23 @@ def compare_with(r: Result, base: Result) -> list[str]:
     before, base_kind = peak_bytes(base)
     if peak and before and kind == base_kind:
         cells[2] = f"{format_3g(peak / before)} x"
-    if r.quality and base.quality and r.quality.reference == base.quality.reference:
-        low, high = kl_interval(r.quality)
-        least, most = kl_interval(base.quality)
-        cells[3] = "less" if high < least else "more" if low > most else "about the same"
+    if r.quality and base.quality:
+        cells[3] = kl_change(r, base)
     return cells
+
+
+def kl_change(r: Result, base: Result) -> str:
+    """Whether KL is less or more than another result's: in pairs of prompts where the text is the same."""
+    q, other = r.quality, base.quality
+    if difference := kl_difference(q, other):
+        low, high = difference
+        return "less" if high < 0 else "more" if low > 0 else "about the same"
+    prompts = [(s.question, s.chat, s.quality_text) for s in (r.settings, base.settings)]
+    if prompts[0] != prompts[1] or q.reference != other.reference or q.text_id == other.text_id:
+        return "–"  # scales of different texts do not compare
+    low, high = kl_interval(q)
+    least, most = kl_interval(other)
+    return "less" if high < least else "more" if low > most else "about the same"
 
 
 def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:

@@ -16,18 +16,17 @@ UNSTABLE = 0.05  # standard deviation over mean of the runs' decode rates that d
 SAME_SPEED_RATIO = 1.2  # times as fast, or as slow, that still counts as about the same speed
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927): sensible near 0 and 1 and for few trials."""
-    z, share = 1.96, successes / trials
-    center, scale = share + z * z / (2 * trials), 1 + z * z / trials
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
-
-
 def student_t(freedom: float) -> float:
     """The two-sided 95 % quantile of Student's t: a table, then a series, at most 0.1 % too small."""
     table = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     return table[max(1, int(freedom)) - 1] if freedom < 11 else 1.96 + 2.4 / freedom + 2.8 / freedom**2
+
+
+def mean_over_prompts(positions: list[list[float]]) -> tuple[float, float | None]:
+    """Mean of the prompts' means and its standard error: positions of one prompt are alike."""
+    means = [statistics.fmean(prompt) for prompt in positions]
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+    return statistics.fmean(means), error
 
 
 def percentile(values: list[float], percent: int) -> float | None:
@@ -119,8 +118,32 @@ def meets(interval: tuple[float, float] | None, limit: float) -> str:
 
 
 def kl_interval(q: Quality) -> tuple[float, float]:
-    half = 1.96 * q.kl_standard_error if q.kl_standard_error is not None else math.inf
+    """The 95 % interval of KL over prompts (Student's t)."""
+    if q.kl_standard_error is None:
+        return 0.0, math.inf
+    half = student_t(len(q.kl_positions) - 1) * q.kl_standard_error
     return max(0.0, q.kl_divergence - half), q.kl_divergence + half
+
+
+def share_interval(positions: list[list[bool]]) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of a share over prompts (Student's t); None where they do not differ."""
+    share, error = mean_over_prompts(positions)
+    if not error:
+        return None, None
+    half = student_t(len(positions) - 1) * error
+    return max(0.0, share - half), min(1.0, share + half)
+
+
+def kl_difference(q: Quality, base: Quality) -> tuple[float, float] | None:
+    """The 95 % interval of KL minus another's, in pairs of prompts; None where the text is not the same."""
+    if not q.text_id or q.text_id != base.text_id or q.reference != base.reference:
+        return None
+    pairs = zip(q.kl_positions, base.kl_positions, strict=True)
+    mean, error = mean_over_prompts([[a - b for a, b in zip(*pair, strict=True)] for pair in pairs])
+    if error is None:
+        return None
+    half = student_t(len(q.kl_positions) - 1) * error
+    return mean - half, mean + half
 
 
 def answer_quality(r: Result) -> str:

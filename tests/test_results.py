@@ -5,12 +5,12 @@ import os
 import re
 
 import pytest
-from results import BENCHMARKS, piped, settings
+from results import BENCHMARKS, piped, quality, result, settings
 
 import qwquanto
 from _qwquanto import __version__
 from _qwquanto.channel import Failure
-from _qwquanto.results import SCHEMA, Benchmark, Result, from_json, to_json, write_results
+from _qwquanto.results import SCHEMA, Benchmark, Passage, Result, from_json, to_json, write_results
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
@@ -87,3 +87,9 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_question_in_another_encoding_is_written_all_the_same(tmp_path):
     write_results(str(tmp_path / "r.json"), Benchmark([Result(settings(question="caf\udce9"))]))
     assert from_json((tmp_path / "r.json").read_text(encoding="utf-8")).results[0].settings.question == "caf?"
+
+
+def test_a_file_keeps_every_position():
+    r = result("int8", quality=quality(0.004), passages=[Passage([1, 2], [3], 0)])
+    assert from_json(to_json(Benchmark([r]))).results == [r]
+    assert len(json.loads(to_json(Benchmark([r])))["results"][0]["quality"]["kl_positions"]) == 16
