@@ -16,6 +16,7 @@ from _qwquanto.channel import Failure
 from _qwquanto.results import Benchmark, Result, to_json
 from _qwquanto.stats import answer_quality
 from _qwquanto.verdicts import grave_warnings
+from _qwquanto.worker import generation
 from _qwquanto.worker.checkpoint import load_tokenizer
 from _qwquanto.worker.generation import Bench
 from _qwquanto.worker.loading import load_model, make_meta_model
@@ -266,3 +267,12 @@ def test_nothing_is_planned_where_nothing_is_judged(tiny):
     tokenizer = load_tokenizer(tiny, tiny, False)
     for off in ({"compare": ()}, {"quality_tokens": 0}, {"random_weights": True}):
         assert plan_quality(settings(**GIVEN | off), tokenizer, 4096) == []
+
+
+def test_progress_goes_on_from_prompt_to_prompt(judged, monkeypatch):
+    shown = []
+    monkeypatch.setattr(generation, "status", lambda text, fraction=None: shown.append((text, fraction)))
+    judged(), judged("int4")
+    for title in ("the reference's text, ", "quality on the reference's text, "):
+        fractions = [fraction for text, fraction in shown if text.startswith(title)]
+        assert fractions == sorted(fractions) and len(fractions) >= 16 and 15 / 16 < fractions[-1] <= 1
