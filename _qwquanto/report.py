@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import errno
 import sys
-from pathlib import Path
 from typing import Any
 
+from _qwquanto.answers import answers, comparison_quality
 from _qwquanto.claims import expectations
 from _qwquanto.console import bars, discard, escape, render, save_report, table
 from _qwquanto.memory import comparison_memory, memory_table
-from _qwquanto.results import Benchmark, Quality, Result, Run, to_json
+from _qwquanto.results import Benchmark, Result, Run, to_json
 from _qwquanto.settings import SHORT_DTYPES, Settings
 from _qwquanto.stats import (
-    KL_BROKEN,
-    KL_KEPT,
-    answer_quality,
     decode_rate,
     deviation,
     gpu_share,
@@ -25,14 +22,13 @@ from _qwquanto.stats import (
     percentile,
     saving,
 )
-from _qwquanto.text import format_3g, kl_text, percent, plural, plus_minus, rate_text, row_label, spread_text
+from _qwquanto.text import format_3g, percent, plural, plus_minus, rate_text, row_label, spread_text
 from _qwquanto.verdicts import (
     HOST_BOUND,
     PLANNING,
     comparability_warnings,
     grave_warnings,
     recommendation,
-    reference_of,
     untested,
     warnings_for,
 )
@@ -213,61 +209,6 @@ def runs_table(r: Result) -> list[Any]:
     return [*table(title, columns, rows, left=2), "; ".join(facts) + ".", ""]
 
 
-def comparison_quality(results: list[Result]) -> list[Any]:
-    """How far each precision's answers are from the reference's."""
-    colours = {"kept": "green", "changed": "yellow", "broken": "bold red", "reference": "dim", "–": "dim"}
-    judged = [r.quality for r in results if r.quality]
-    if not judged:
-        return []
-    rows, perplexity = [], judged[0].reference_perplexity
-    for r in results:
-        q, said = r.quality, "reference" if r.is_reference else answer_quality(r)
-        share = f"{100 * q.same_top_token:.0f}" if q else "–"
-        share += f" ({100 * q.low:.0f}–{100 * q.high:.0f})" if q and None not in (q.low, q.high) else ""
-        worst = format_3g(q and q.kl_p99)
-        if perplexity is not None:
-            worst = format_3g(perplexity if r.is_reference else q and q.perplexity)
-        answers = f"[{colours.get(said, 'yellow')}]{said}[/]"
-        rows.append([row_label(r), kl_text(q), worst, share, answers])
-    columns = (
-        "weights",
-        "KL nats",
-        "KL p99" if perplexity is None else "perplexity",
-        "same top token %",
-        "answers",
-    )
-    limits = f"This script's limits: kept up to a KL of {KL_KEPT}, changed up to {KL_BROKEN}, broken above."
-    return [*table(quality_title(results, judged), columns, rows), limits, *compiled_quality(results), ""]
-
-
-def quality_title(results: list[Result], judged: list[Quality]) -> str:
-    """Whose answers are held against whose, and along what text."""
-    of, tokens = results[0].settings.quality_text, plural(max(q.positions for q in judged), "token")
-    title = f"Answers against {reference_of(results)}'s, {tokens}"
-    title += f" of {escape(Path(of).name)}" if of else f" of {plural(len(judged[0].kl_positions), 'prompt')}"
-    if not any(r.is_reference and r.name == "none" for r in results):
-        title += ", the most precise one that ran"
-    return title
-
-
-def compiled_quality(results: list[Result]) -> list[str]:
-    """KL of the compiled steps; the reference's own is the floor."""
-    floor = [
-        kl_text(r.compiled.quality) for r in results if r.is_reference and r.compiled and r.compiled.quality
-    ]
-    judged = [
-        (r.label, r.compiled.quality)
-        for r in results
-        if r.compiled and r.compiled.quality and not r.is_reference
-    ]
-    each = ", ".join(f"{label} {kl_text(q)}" for label, q in judged)
-    lines = [f"KL of the compiled step's answers: {each}."] if judged else []
-    return lines + [
-        f"The floor: KL {kl} of {reference_of(results)} compiled against itself, which is rounding."
-        for kl in floor
-    ]
-
-
 def expected_table(results: list[Result]) -> list[Any]:
     """What users are told to expect of Quanto, and by whom, against what was measured here."""
     marks = {"met": "[green]✓ met[/]", "not met": "[red]✗ not met[/]", "no claim": "[dim]– no claim[/]"}
@@ -308,32 +249,6 @@ def cudnn_lines(results: list[Result]) -> list[str]:
     line = "As shipped, torch plans cuDNN's attention anew at every context length that a process has not had"
     line += f" before, ms a token: {'; '.join(costs)} (switched off here)."
     return [line, "Your own program wants torch.backends.cuda.enable_cudnn_sdp(False)."]
-
-
-def answers(results: list[Result]) -> list[Any]:
-    """The beginning of each precision's greedy answer or, where there is none, of its first timed one."""
-    greedy, rows = any(r.greedy_answer for r in results), []
-    most = 200 if len(results) > 1 else 400
-    for r in results:
-        text = r.greedy_answer if greedy else r.timed_runs[0].text if r.timed_runs else None
-        text = " ".join((text or "").split()).rstrip("\ufffd")  # half a character, cut by the end
-        if text or (greedy and r.greedy_answer is not None):
-            rows.append([r.label, *[same_answer(r)] * greedy, escape(text[:most] + "…" * (len(text) > most))])
-    if not rows:
-        return []
-    if greedy:
-        columns = ("weights", f"as {reference_of(results)}'s for", "answer")
-        return table("Greedy answers to the question", columns, rows, left=3)
-    sampled = len(results) > 1 and results[0].settings.do_sample
-    title = "The first answers begin" + " (sampled: each differs in wording)" * sampled
-    return table(title, ("weights", "answer"), rows, left=2)
-
-
-def same_answer(r: Result) -> str:
-    """How long a greedy answer is the reference's: "41 of 64 tokens"."""
-    if not r.quality or r.quality.same_greedy_tokens is None:
-        return "–"
-    return f"{r.quality.same_greedy_tokens} of {plural(r.quality.greedy_tokens, 'token')}"
 
 
 def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
