@@ -52,11 +52,16 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
                      over compiling; joules a token and mean watts, where they took at least one second
     GPU at work      time of the kernels of one profiled eager decode step over that of an unprofiled one: the
                      rest of the time the GPU waits for the host
-    KL               KL(reference || quantized) in nats over the reference's greedy answer: mean ± standard
-                     error. The reference is the unquantized model or, where that did not run, the most
-                     precise one that did
-    same top token   share of those positions at which both models rank the same token first, 95 % Wilson
-                     interval
+    KL               KL(reference || quantized) in nats of the next token, along the reference's answers to
+                     sixteen prompts (the question and fifteen built in), sampled at temperature 1 from all
+                     tokens; or along QUALITY_TEXT: mean of the prompts' means ± its standard error. The
+                     reference is the unquantized model or, where that did not run, the most precise one
+                     that did
+    same top token   share of those positions at which both models rank the same token first, 95 % interval
+                     over prompts
+    perplexity       exp of the mean negative log-probability of QUALITY_TEXT's tokens
+    greedy answer    to the question, up to 64 tokens: how many of the reference's first ones are the same
+    the floor        KL of the reference's compiled step against the reference itself: rounding
     speed-up         a median decode rate over the unquantized model's, both eager or both compiled
     yardstick        seconds of a fixed job of small products, before, between and after the runs (in the JSON
                      host_s): how fast the host was meanwhile
@@ -67,7 +72,8 @@ reads every weight once a token, so memory bandwidth is its ceiling: MBU says ho
 Each claim stands under the name of who makes it: introductions to Quanto, or Quanto's own README. The rules
 of the recommendation stand in advice.py.
 
-Verdicts rest on 95 % intervals: of KL by its standard error; of a ratio of speeds by Welch's method on the
+Verdicts rest on 95 % intervals: of KL by Student's t over the prompts, since
+positions of one prompt are alike; of a ratio of speeds by Welch's method on the
 logarithms of the rates, with what differs between processes that measure the same. It holds the ratio as it
 is, and as it would be beside the same memory bandwidth or the same yardstick: a machine that is shared is now
 twice as fast, now half. (CUDA graphs are replayed without the host.) A limit is judged first. A speed
@@ -120,7 +126,8 @@ WARMUP_RUNS: int = 1  # untimed runs before them, shown apart; short ones are re
 MAX_LENGTH: int = 2048  # prompt + new tokens
 MAX_SECONDS: float = 60  # a run also ends here, so that a slow machine finishes too
 COMPARE_TOKENS: int = 128  # new tokens of every run in a comparison: the same work for each precision
-QUALITY_TOKENS: int = 256  # length of the reference answer that quality is judged on; 0: skip quality
+QUALITY_TOKENS: int = 256  # tokens that quality is judged on, in equal shares of 16 prompts; 0: skip quality
+QUALITY_TEXT: str | None = None  # a text file of yours (UTF-8) to judge quality on instead
 TEMPERATURE: float = 0.7  # of the sampling; lower is more deterministic
 DO_SAMPLE: bool = True  # False: greedy
 SEED: int = 0  # run i is seeded with SEED + i

@@ -2,7 +2,7 @@
 
     settings results stats text channel    the ground, for both processes; the standard library alone
     verdicts claims advice fit memory      the program: no torch; rich in `console` only
-    report console saved supervisor
+    answers report console saved supervisor
     worker/                                the process that loads and measures: torch, never rich
     compiled/                              the compiled decode step: of this package it knows Failure alone
 

@@ -13,6 +13,7 @@ from _qwquanto.stats import (
     TOO_WIDE,
     decode_rate,
     is_float32,
+    kl_difference,
     kl_interval,
     meets,
     saving,
@@ -52,9 +53,9 @@ def expectations(results: list[Result]) -> list[Expectation]:
     if int8 and int8.torch_compile_graphs is not None:
         found.append(expected_torch_compile(int8))
     both = [r.quality for r in (float8, int8) if r and r.quality]
-    if len(both) == 2 and both[0].reference == both[1].reference:
-        (low, high), (least, most) = map(kl_interval, both)
-        said = meets((least - high, most - low), 0)
+    if len(both) == 2 and (difference := kl_difference(*both)):
+        low, high = difference
+        said = meets((-high, -low), 0)
         measured = f"KL {kl_text(both[0])} against {kl_text(both[1])}"
         found.append(Expectation(INTROS, "more exact than int8", "float8", measured, said))
     if int8 and int4 and int8.weight_bytes and int4.weight_bytes:

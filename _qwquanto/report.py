@@ -6,15 +6,13 @@ import errno
 import sys
 from typing import Any
 
+from _qwquanto.answers import answers, comparison_quality
 from _qwquanto.claims import expectations
 from _qwquanto.console import bars, discard, escape, render, save_report, table
 from _qwquanto.memory import comparison_memory, memory_table
 from _qwquanto.results import Benchmark, Result, Run, to_json
 from _qwquanto.settings import SHORT_DTYPES, Settings
 from _qwquanto.stats import (
-    KL_BROKEN,
-    KL_KEPT,
-    answer_quality,
     basis,
     counts,
     decode_rate,
@@ -28,14 +26,13 @@ from _qwquanto.stats import (
     percentile,
     saving,
 )
-from _qwquanto.text import format_3g, kl_text, percent, plural, plus_minus, rate_text, row_label, spread_text
+from _qwquanto.text import format_3g, percent, plural, plus_minus, rate_text, row_label, spread_text
 from _qwquanto.verdicts import (
     HOST_BOUND,
     PLANNING,
     comparability_warnings,
     grave_warnings,
     recommendation,
-    reference_of,
     untested,
     warnings_for,
 )
@@ -232,26 +229,6 @@ def runs_table(r: Result) -> list[Any]:
     return [*table(title, columns, rows, left=2), "; ".join(facts) + ".", ""]
 
 
-def comparison_quality(results: list[Result]) -> list[Any]:
-    """How far each precision's answers are from the reference's."""
-    colours = {"kept": "green", "changed": "yellow", "broken": "bold red", "reference": "dim", "–": "dim"}
-    rows, positions = [], max((r.quality.positions for r in results if r.quality), default=0)
-    for r in results:
-        q, said = r.quality, "reference" if r.is_reference else answer_quality(r)
-        share = f"{q.same_top_token * 100:.0f} ({q.low * 100:.0f}–{q.high * 100:.0f})" if q else "–"
-        answers = f"[{colours.get(said, 'yellow')}]{said}[/]"
-        rows.append([row_label(r), kl_text(q), format_3g(q and q.kl_p99), share, answers])
-    title = f"Answers against {reference_of(results)}'s, {plural(positions, 'token')}"
-    if not any(r.is_reference and r.name == "none" for r in results):
-        title += ", the most precise one that ran"
-    columns = ("weights", "KL nats", "KL p99", "same top token %", "answers")
-    judged = [(r.label, r.compiled.quality) for r in results if r.compiled and r.compiled.quality]
-    each = ", ".join(f"{label} {kl_text(q)}" for label, q in judged)
-    step = [f"KL of the compiled step's answers: {each}."] if judged else []
-    limits = f"This script's limits: kept up to a KL of {KL_KEPT}, changed up to {KL_BROKEN}, broken above."
-    return [*table(title, columns, rows), limits, *step, ""] if positions else []
-
-
 def expected_table(results: list[Result]) -> list[Any]:
     """What users are told to expect of Quanto, and by whom, against what was measured here."""
     marks = {"met": "[green]✓ met[/]", "not met": "[red]✗ not met[/]", "no claim": "[dim]– no claim[/]"}
@@ -292,19 +269,6 @@ def cudnn_lines(results: list[Result]) -> list[str]:
     line = "As shipped, torch plans cuDNN's attention anew at every context length that a process has not had"
     line += f" before, ms a token: {'; '.join(costs)} (switched off here)."
     return [line, "Your own program wants torch.backends.cuda.enable_cudnn_sdp(False)."]
-
-
-def answers(results: list[Result]) -> list[Any]:
-    """The beginning of each precision's first answer."""
-    most = 200 if len(results) > 1 else 400
-    rows = []
-    for r in results:
-        text = " ".join((r.timed_runs[0].text if r.timed_runs else "").split())
-        text = text.rstrip("\ufffd")  # half a character, cut by the end
-        rows += [[r.label, escape(text[:most] + "…" * (len(text) > most))]] if text else []
-    sampled = len(results) > 1 and results[0].settings.do_sample
-    title = "The first answers begin" + " (sampled: each differs in wording)" * sampled
-    return table(title, ("weights", "answer"), rows, left=2) if rows else []
 
 
 def print_report(s: Settings, benchmark: Benchmark) -> list[str]:

@@ -37,16 +37,26 @@ class Run:
 
 @dataclass
 class Quality:
-    """One model against the reference, over `positions` tokens of the latter's greedy answer. KL in nats."""
+    """One model against the reference, over `positions` tokens of the latter's text. KL in nats.
+
+    The lists hold each position, prompt by prompt; QUALITY_TEXT is cut into up to sixteen parts instead.
+    """
 
     reference: str  # its precision
     positions: int
-    kl_divergence: float
-    kl_standard_error: float | None
+    kl_divergence: float  # mean of the prompts' means
+    kl_standard_error: float | None  # over prompts; None for one prompt
     kl_p99: float
     same_top_token: float
-    low: float  # 95 % Wilson interval of same_top_token
-    high: float
+    low: float | None  # 95 % interval of same_top_token, over prompts; None where they are all alike
+    high: float | None
+    kl_positions: list[list[float]] = field(default_factory=list)
+    same_positions: list[list[bool]] = field(default_factory=list)
+    text_id: str = ""  # of the reference's tokens: equal for equal ones
+    perplexity: float | None = None  # of the text, and the reference's
+    reference_perplexity: float | None = None
+    same_greedy_tokens: int | None = None  # the first so many of the reference's greedy answer
+    greedy_tokens: int | None = None  # the reference's
 
 
 @dataclass
@@ -63,6 +73,15 @@ class Compiled:
     throttled: dict[str, float] = field(default_factory=dict)  # reason -> share of the runs' time
     bandwidth_utilization: float | None = None
     quality: Quality | None = None
+
+
+@dataclass
+class Passage:
+    """Token ids: a prompt, and what follows on it where models are held against each other."""
+
+    prompt: list[int]
+    tokens: list[int]
+    part: int = 0  # number of the prompt; an answer that ended early is followed by another one
 
 
 @dataclass
@@ -109,6 +128,8 @@ class Result:
     prefill_rates: list[float] = field(default_factory=list)
     decode_after_prefill_tokens_per_s: float | None = None  # of the tokens after that prompt
     is_reference: bool = False
+    passages: list[Passage] = field(default_factory=list)  # the reference's, on which quality is judged
+    greedy_answer: str | None = None
     quality: Quality | None = None
     notes: list[str] = field(default_factory=list)
     failure: str | None = None
@@ -155,16 +176,21 @@ def to_json(benchmark: Benchmark) -> str:
 
 
 NESTED = {"results": Result, "settings": Settings, "warmup": Run, "runs": Run, "compiled": Compiled,
-          "quality": Quality}  # fmt: skip
+          "quality": Quality, "passages": Passage}  # fmt: skip
+
+
+def has_gap(figure: Any) -> bool:
+    """Whether a figure, or one of a list of them, is unknown."""
+    return any(map(has_gap, figure)) if isinstance(figure, list) else figure is None
 
 
 def lacks_figure(kind: type, plain: dict[str, Any]) -> bool:
     """Whether a run or a judgement lacks one of the figures that it always has."""
     if kind not in (Run, Quality):
         return False
-    always = [f.name for f in dataclasses.fields(kind) if f.type in ("float", "list[float]")]
-    figures = [plain[name] for name in always if name in plain]
-    return any(figure is None or (isinstance(figure, list) and None in figure) for figure in figures)
+    kinds = ("float", "list[float]", "list[list[float]]")
+    always = [f.name for f in dataclasses.fields(kind) if f.type in kinds]
+    return any(has_gap(plain[name]) for name in always if name in plain)
 
 
 def from_plain(kind: type, plain: dict[str, Any]) -> Any:

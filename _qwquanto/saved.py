@@ -15,6 +15,7 @@ from _qwquanto.stats import (
     TOO_WIDE,
     basis,
     is_about_one,
+    kl_difference,
     kl_interval,
     on_one_basis,
     peak_bytes,
@@ -55,11 +56,23 @@ def compare_with(r: Result, base: Result) -> list[str]:
     before, base_kind = peak_bytes(base)
     if peak and before and kind == base_kind:
         cells[2] = f"{format_3g(peak / before)} x"
-    if r.quality and base.quality and r.quality.reference == base.quality.reference:
-        low, high = kl_interval(r.quality)
-        least, most = kl_interval(base.quality)
-        cells[3] = "less" if high < least else "more" if low > most else "about the same"
+    if r.quality and base.quality:
+        cells[3] = kl_change(r, base)
     return cells
+
+
+def kl_change(r: Result, base: Result) -> str:
+    """Whether KL is less or more than another result's: in pairs of prompts where the text is the same."""
+    q, other = r.quality, base.quality
+    if difference := kl_difference(q, other):
+        low, high = difference
+        return "less" if high < 0 else "more" if low > 0 else "about the same"
+    prompts = [(s.question, s.chat, s.quality_text) for s in (r.settings, base.settings)]
+    if prompts[0] != prompts[1] or q.reference != other.reference or q.text_id == other.text_id:
+        return "–"  # scales of different texts do not compare
+    low, high = kl_interval(q)
+    least, most = kl_interval(other)
+    return "less" if high < least else "more" if low > most else "about the same"
 
 
 def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:

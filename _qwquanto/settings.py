@@ -48,6 +48,14 @@ def is_model(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
 
 
+def is_text(path: str) -> bool:
+    """Whether this is a file with some text in UTF-8."""
+    try:
+        return bool(Path(path).read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def at_least(least: int) -> dict[str, Any]:
     return rule(lambda v: type(v) is int and v >= least, f"a whole number from {least} on")
 
@@ -98,6 +106,9 @@ class Settings:
     max_seconds: float = field(metadata=above_zero())
     compare_tokens: int = field(metadata=at_least(2))
     quality_tokens: int = field(metadata=at_least(0))
+    quality_text: str | None = field(
+        default=None, metadata=rule(lambda v: v is None or is_text(v), "a file with some text in UTF-8")
+    )
     temperature: float = field(metadata=above_zero(" (for greedy decoding set DO_SAMPLE to False)"))
     do_sample: bool = field(metadata=YES_OR_NO)
     seed: int = field(metadata=at_least(0))
@@ -194,10 +205,12 @@ def check(s: Settings) -> list[str]:
 def unused(s: Settings, given: list[str]) -> list[str]:
     """Flags on the command line that would do nothing, each with what to do."""
     if s.compare:
-        told = "--weights is of a single run: name its precision behind --compare"
-        return [told] if "--weights" in given else []
+        told = {
+            "--weights is of a single run: name its precision behind --compare": "--weights" in given,
+            "--quality-text needs QUALITY_TOKENS above 0": "--quality-text" in given and not s.quality_tokens,
+        }
+        return [text for text, holds in told.items() if holds]
+    instead = {"--compare-tokens": ", or take --max-length", "--quality-tokens": "", "--quality-text": ""}
     return [
-        f"{flag} is of a comparison: add --compare{instead}"
-        for flag, instead in {"--compare-tokens": ", or take --max-length", "--quality-tokens": ""}.items()
-        if flag in given
+        f"{flag} is of a comparison: add --compare{text}" for flag, text in instead.items() if flag in given
     ]

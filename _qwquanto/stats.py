@@ -24,14 +24,6 @@ BETWEEN_PROCESSES = {
 BETWEEN_UNMEASURED = 0.03  # assumed elsewhere: twice the largest of these
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927): sensible near 0 and 1 and for few trials."""
-    z, share = 1.96, successes / trials
-    center, scale = share + z * z / (2 * trials), 1 + z * z / trials
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
-
-
 def student_t(freedom: float) -> float:
     """The two-sided 95 % quantile of Student's t: a table, then a series.
 
@@ -44,6 +36,13 @@ def student_t(freedom: float) -> float:
     below = max(1, int(freedom))
     part = (1 / below - 1 / max(1, freedom)) * below * (below + 1)
     return table[below - 1] ** (1 - part) * table[below] ** part
+
+
+def mean_over_prompts(positions: list[list[float]]) -> tuple[float, float | None]:
+    """Mean of the prompts' means and its standard error: positions of one prompt are alike."""
+    means = [statistics.fmean(prompt) for prompt in positions]
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+    return statistics.fmean(means), error
 
 
 def percentile(values: list[float], percent: int) -> float | None:
@@ -209,8 +208,32 @@ def meets(interval: tuple[float, float] | None, limit: float) -> str:
 
 
 def kl_interval(q: Quality) -> tuple[float, float]:
-    half = 1.96 * q.kl_standard_error if q.kl_standard_error is not None else math.inf
+    """The 95 % interval of KL over prompts (Student's t)."""
+    if q.kl_standard_error is None:
+        return 0.0, math.inf
+    half = student_t(len(q.kl_positions) - 1) * q.kl_standard_error
     return max(0.0, q.kl_divergence - half), q.kl_divergence + half
+
+
+def share_interval(positions: list[list[bool]]) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of a share over prompts (Student's t); None where they do not differ."""
+    share, error = mean_over_prompts(positions)
+    if not error:
+        return None, None
+    half = student_t(len(positions) - 1) * error
+    return max(0.0, share - half), min(1.0, share + half)
+
+
+def kl_difference(q: Quality, base: Quality) -> tuple[float, float] | None:
+    """The 95 % interval of KL minus another's, in pairs of prompts; None where the text is not the same."""
+    if not q.text_id or q.text_id != base.text_id or q.reference != base.reference:
+        return None
+    pairs = zip(q.kl_positions, base.kl_positions, strict=True)
+    mean, error = mean_over_prompts([[a - b for a, b in zip(*pair, strict=True)] for pair in pairs])
+    if error is None:
+        return None
+    half = student_t(len(q.kl_positions) - 1) * error
+    return mean - half, mean + half
 
 
 def answer_quality(r: Result) -> str:

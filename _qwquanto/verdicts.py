@@ -68,6 +68,8 @@ def warnings_for(r: Result) -> list[str]:
         found.append(f"Quality rests on {plural(q.positions, 'token')}, fewer than {MIN_POSITIONS}.")
     if r.timed_runs and all((run.stop_reason, run.generated_tokens) == ("eos", 1) for run in r.timed_runs):
         found.append("Every answer ended at its first token: a chat model wants --chat.")
+    if r.is_reference and r.greedy_answer == "":
+        found.append("The greedy answer is empty" + ("." if s.chat else ": a chat model wants --chat."))
     found += instability("eager", r.runs, bool(s.compare), (gpu_share(r) or 1) < HOST_BOUND)
     if r.compiled:
         found += instability("compiled", r.compiled.runs, bool(s.compare))

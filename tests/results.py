@@ -1,6 +1,7 @@
 """Hand-made Results for the tests of what is computed and printed from them; nothing here is measured."""
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from _qwquanto.report import report
 from _qwquanto.results import Benchmark, Compiled, Quality, Result, Run
 from _qwquanto.settings import PRECISIONS
 from _qwquanto.settings import parse as parse_constants
+from _qwquanto.stats import mean_over_prompts
 
 GIB = 2**30
 KILLED = "its process was killed by SIGKILL (out of memory?)"
@@ -46,10 +48,19 @@ def runs(*rates, **changes):
     return [run(rate, **changes) for rate in rates]
 
 
-def quality(kl, error=0.0001, **changes):
+def quality(kl, error=0.0001, prompts=16, **changes):
+    """KL of this mean and standard error over prompts, a position each; all of them on the same text."""
+    spread = (error or 0) * math.sqrt(prompts - 1)
     known = {"reference": "none", "positions": 200, "kl_divergence": kl, "kl_standard_error": error}
-    known |= {"kl_p99": 10 * kl, "same_top_token": 0.9, "low": 0.85, "high": 0.93}
+    known |= {"kl_p99": 10 * kl, "same_top_token": 0.9, "low": 0.85, "high": 0.93, "text_id": "a1b2"}
+    known |= {"kl_positions": [[kl + (spread if i % 2 else -spread)] for i in range(prompts)]}
     return Quality(**known | changes)
+
+
+def quality_of(positions, **changes):
+    """A judgement with these figures of each prompt's positions."""
+    mean, error = mean_over_prompts(positions)
+    return replace(quality(mean, error), kl_positions=positions, **changes)
 
 
 def result(weights="int8", rates=(10.0, 10.0), kl=None, stored=GIB, compare=(), **changes):

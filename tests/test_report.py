@@ -9,7 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from results import BENCHMARKS, comparison, files, piped, result, run, settings, text
+from results import (
+    BENCHMARKS,
+    comparison,
+    compiled_comparison,
+    files,
+    piped,
+    quality,
+    result,
+    run,
+    settings,
+    text,
+)
 from rich.cells import cell_len
 
 from _qwquanto.console import render
@@ -63,7 +74,9 @@ def test_the_reference_is_named_where_it_is_not_the_unquantized_model():
         result("int8", is_reference=True, compare=("int8", "int4")),
         result("int4", kl=0.2, compare=("int8", "int4")),
     ]
-    assert "### Answers against int8's, 200 tokens, the most precise one that ran\n" in piped(Benchmark(made))
+    assert "### Answers against int8's, 200 tokens of 16 prompts, the most precise one that ran\n" in piped(
+        Benchmark(made)
+    )
     assert "most precise" not in piped(BENCHMARKS["comparison"])
 
 
@@ -123,3 +136,37 @@ def test_what_cudnn_costs_is_told_where_it_costs():
 if __name__ == "__main__":
     for kind, parts in REPORTS.items():
         file_of(kind).write_text(text(parts) + "\n", encoding="utf-8")
+
+
+def shown(*results):
+    return piped(Benchmark([*results]))
+
+
+def test_greedy_answers_say_how_long_they_are_the_references():
+    both = {"compare": ["none", "int8"]}
+    reference = result("none", greedy_answer="The answer is 42.", **both)
+    int8 = result("int8", greedy_answer="The answer\nis 41.", **both)
+    int8.quality = quality(0.004, same_greedy_tokens=41, greedy_tokens=64)
+    told = shown(reference, int8)
+    assert "### Greedy answers to the question\n" in told
+    assert "| int8    | 41 of 64 tokens | The answer is 41. |\n" in told
+    assert "| bf16    | –               | The answer is 42. |\n" in told
+
+
+def test_the_users_text_has_its_perplexities():
+    s = settings(compare=["none", "int8"], quality_text="/some/where/mine.txt")
+    reference = result("none", settings=replace(s, weights=None))
+    int8 = result("int8", settings=s, quality=quality(0.004, perplexity=12.94, reference_perplexity=12.31))
+    told = shown(reference, int8)
+    assert "### Answers against bf16's, 200 tokens of mine.txt\n" in told
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if "±0.0001" in line
+    ]
+    assert ["int8", "0.00400 ±0.0001", "12.9", "90 (85–93)", "kept"] in rows
+    assert "| bf16    |               – |       12.3 |                – | reference |" in told
+
+
+def test_the_floor_is_told_where_the_reference_was_compiled():
+    told = shown(*compiled_comparison())
+    assert "The floor: KL 0.000200 ±0.0001 of bf16 compiled against itself, which is rounding.\n" in told
+    assert "KL of the compiled step's answers: int8 0.00400" in told

@@ -5,12 +5,21 @@ import os
 import re
 
 import pytest
-from results import BENCHMARKS, piped, result, settings
+from results import BENCHMARKS, piped, quality, result, settings
 
 import qwquanto
 from _qwquanto import __version__, results
 from _qwquanto.channel import Failure
-from _qwquanto.results import SCHEMA, Benchmark, Result, ResultsFile, from_json, to_json, write_results
+from _qwquanto.results import (
+    SCHEMA,
+    Benchmark,
+    Passage,
+    Result,
+    ResultsFile,
+    from_json,
+    to_json,
+    write_results,
+)
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
@@ -109,3 +118,9 @@ def test_no_file_is_written_for_standard_output_or_before_there_is_a_result(tmp_
     for path in (None, "-"):
         ResultsFile(path, Benchmark([])).save(result())
     ResultsFile(str(tmp_path / "r.json"), Benchmark([])).save()
+
+
+def test_a_file_keeps_every_position():
+    r = result("int8", quality=quality(0.004), passages=[Passage([1, 2], [3], 0)])
+    assert from_json(to_json(Benchmark([r]))).results == [r]
+    assert len(json.loads(to_json(Benchmark([r])))["results"][0]["quality"]["kl_positions"]) == 16

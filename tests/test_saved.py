@@ -4,12 +4,12 @@ import io
 
 import pytest
 from conftest import SCRIPT, start
-from results import BENCHMARKS, GIB, piped, quality, result, settings, text
+from results import BENCHMARKS, GIB, piped, quality, quality_of, result, settings, text
 
 from _qwquanto.console import render
 from _qwquanto.report import print_report
 from _qwquanto.results import Benchmark, to_json, write_results
-from _qwquanto.saved import files_report, show
+from _qwquanto.saved import files_report, kl_change, show
 
 
 def table_of(*results):
@@ -84,3 +84,24 @@ def test_show_as_a_process(tmp_path):
     for file, reason in (wrong | {tmp_path / "gone.json": "No such file or directory"}).items():
         done = start("--show", first, file)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"qwquanto: {file}: {reason}\n")
+
+
+def test_saved_files_are_paired_where_the_text_is_the_same():
+    base = [[0.01 * 1.2**i] for i in range(16)]
+    more = [[1.1 * prompt[0]] for prompt in base]
+    change = lambda a, b, **constants: kl_change(
+        result(quality=a, settings=settings(**constants)), result(quality=b)
+    )
+    assert (
+        change(quality_of(more), quality_of(base)) == "more"
+        and change(quality_of(base), quality_of(more)) == "less"
+    )
+    assert change(quality_of(base), quality_of(base)) == "about the same"
+    assert change(quality_of(more, text_id="other"), quality_of(base)) == "about the same", (
+        "their intervals overlap"
+    )
+    far = [[9 * prompt[0]] for prompt in base]
+    assert change(quality_of(far, text_id="other"), quality_of(base)) == "more"
+    assert change(quality_of(far, text_id="other"), quality_of(base), question="Another one?") == "–"
+    assert change(quality_of(far, text_id="other"), quality_of(base), quality_text="mine.txt") == "–"
+    assert change(quality_of(far, reference="int8"), quality_of(base)) == "–"

@@ -113,9 +113,12 @@ def test_comparison_of_every_precision(script, tiny):
         assert [run["generated_tokens"] for run in r["runs"]] == [tokens] * 2 and r["failure"] is None
     none, int8, int2 = found["none"], found["int8"], found["int2"]
     assert none["quality"] is None and none["is_reference"]
-    assert int8["quality"]["kl_divergence"] < 0.05 and int8["quality"]["same_top_token"] == 1
+    assert int8["quality"]["kl_divergence"] < 0.05 and int8["quality"]["same_top_token"] > 0.8
+    assert int8["quality"]["same_greedy_tokens"] == int8["quality"]["greedy_tokens"] > 20
+    assert none["greedy_answer"] == int8["greedy_answer"] != int2["greedy_answer"]
+    assert len(none["passages"]) >= 16 and int8["passages"] == []
     assert int2["quality"]["kl_divergence"] > 0.5
-    assert int8["quality"]["positions"] == int2["quality"]["positions"] > 20
+    assert int8["quality"]["positions"] == int2["quality"]["positions"] == 32, "16 prompts, equal shares"
     assert ANSWER[:30] in int8["runs"][0]["text"] and ANSWER[:30] not in int2["runs"][0]["text"]
     assert none["weight_bytes"] > int8["weight_bytes"] > int2["weight_bytes"]
     assert "int2: BREAKS THIS MODEL" in ended.out and "Take " in ended.out
@@ -147,7 +150,26 @@ def test_a_comparison_with_the_compiled_step(script, tiny):
     assert int8["torch_compile_graphs"] == 0 and none["torch_compile_graphs"] is None
     assert "no effect: 0 graphs" in ended.out
     assert "### This script's compiled decode step: medians" in ended.out
-    assert "KL of the compiled step's answers: bf16 " in ended.out
+    assert "KL of the compiled step's answers: int8 " in ended.out and "The floor: KL " in ended.out
+    assert int8["compiled"]["quality"]["text_id"] == int8["quality"]["text_id"]
+
+
+def test_a_comparison_on_a_text_of_the_users(script, tiny, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text(f"{QUESTION}{ANSWER} {QUESTION}{ANSWER}", encoding="utf-8")
+    ended = script(
+        model_name=tiny, question=QUESTION, compare=("none", "int8"), compare_tokens=8, runs=1,
+        quality_text=text, quality_tokens=40,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    none, int8 = ended.results
+    assert len(none["passages"][0]["tokens"]) == int8["quality"]["positions"] == 40
+    assert 1 < int8["quality"]["reference_perplexity"] < 2 * int8["quality"]["perplexity"]
+    assert "40 tokens of mine.txt" in ended.out and "perplexity" in ended.out
+    assert "quality is judged on the first 41 of QUALITY_TEXT's" in ended.err
+    text.write_text("Short.", encoding="utf-8")
+    ended = script(model_name=tiny, compare=("none", "int8"), quality_text=text)
+    assert ended.code == 1 and "at least 32 are needed" in ended.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--runs", "0"], ["--nonsense"], ["--show", __file__]])

@@ -171,3 +171,20 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys, flag, answer):
     with pytest.raises(SystemExit, match="2"):
         parse([flag, "100"])
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {answer}")
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n", "Größe".encode("latin-1")])
+def test_a_text_that_is_none_is_impossible(tmp_path, content):
+    file = tmp_path / "mine.txt"
+    if content is not None:
+        file.write_bytes(content)
+    s = settings(compare=("int8",), quality_text=str(file))
+    assert check(s) == [f"QUALITY_TEXT must be a file with some text in UTF-8, not {str(file)!r}"]
+
+
+def test_a_text_wants_a_comparison():
+    flag = ["--quality-text"]
+    assert unused(settings(compare=("int8",)), flag) == []
+    assert unused(settings(), flag) == ["--quality-text is of a comparison: add --compare"]
+    none = settings(compare=("int8",), quality_tokens=0)
+    assert unused(none, flag) == ["--quality-text needs QUALITY_TOKENS above 0"]

@@ -5,12 +5,14 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from results import result, run, runs
+from results import quality, result, run, runs
 
 from _qwquanto.stats import (
     coefficient_of_variation,
     deviation,
     joules_per_token,
+    kl_interval,
+    mean_over_prompts,
     median,
     meets,
     pace,
@@ -18,10 +20,10 @@ from _qwquanto.stats import (
     percentile,
     rates_over_shared_prefix,
     ratio_interval,
+    share_interval,
     speed_interval,
     student_t,
     utilization,
-    wilson,
 )
 from _qwquanto.verdicts import instability
 
@@ -36,12 +38,6 @@ def test_percentiles_interpolate_and_survive_few_values():
 def test_median_and_deviation_of_what_is_known():
     assert median([None, 3.0, 1.0]) == 2 and median([None]) is None
     assert deviation([1.0, None, 3.0]) == pytest.approx(math.sqrt(2)) and deviation([1.0, None]) is None
-
-
-def test_wilson_interval_against_the_textbook():
-    low, high = wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert wilson(0, 20)[0] == pytest.approx(0) and wilson(20, 20)[1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +137,22 @@ def test_utilization_of_devices_that_work_one_after_the_other():
 )
 def test_judged_by_the_interval_not_its_middle(interval, verdict):
     assert meets(interval, 0.9) == verdict
+
+
+def test_intervals_are_over_prompts():
+    """Sixteen prompts of alike positions are sixteen samples, however many positions they have."""
+    means = [0.01 * i for i in range(16)]
+    few, many = ([[m] * n for m in means] for n in (1, 50))
+    assert mean_over_prompts(few) == pytest.approx(mean_over_prompts(many))
+    mean, error = mean_over_prompts(many)
+    assert (mean, error) == pytest.approx((0.075, statistics.stdev(means) / 4))
+    low, high = kl_interval(replace(quality(mean, error), kl_positions=many))
+    assert high - mean == pytest.approx(2.1314 * error, rel=1e-3) and low == pytest.approx(2 * mean - high)
+    assert mean_over_prompts([[0.1, 0.3]]) == (pytest.approx(0.2), None)
+    assert mean_over_prompts([[0.0], [1.0, 1.0, 1.0]])[0] == 0.5, "a prompt counts once"
+
+
+def test_a_share_whose_prompts_are_alike_has_no_interval():
+    assert share_interval([[True, True]] * 16) == (None, None) == share_interval([[True, False]])
+    low, high = share_interval([[True]] * 15 + [[False]])
+    assert low == pytest.approx(15 / 16 - 2.1314 / 16, rel=1e-3) and high == 1

@@ -193,3 +193,13 @@ def load_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise Failure(f"{name} has no usable tokenizer: {' '.join(str(error).split())}") from error
+
+
+def token_ids(s: Settings, tokenizer: Any, text: str) -> Any:
+    """A prompt's token ids, shape [1, tokens]; under CHAT as a user's turn. Raises Failure."""
+    if not s.chat:
+        return tokenizer(text, return_tensors="pt").input_ids
+    if not getattr(tokenizer, "chat_template", None):
+        raise Failure(f"{s.model_name} has no chat template: it is no chat model; leave --chat out")
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], **options).input_ids

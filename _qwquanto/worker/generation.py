@@ -43,6 +43,7 @@ class Bench:
     prompt: Any = None  # token ids, shape [1, prompt tokens]
     new_tokens: int = 0  # at most; exactly, in a comparison
     positions_left: float = 0  # that the model has after the prompt
+    plans: list[Any] = field(default_factory=list)  # where quality is judged, see `plan_quality`
     left_out_cudnn: bool = False  # its attention, see `leave_out_cudnn_attention`
     compiled: Any = None  # the CompiledDecode, once there is one
     kv_bytes_per_token: float | None = None  # of the latest eager generation
@@ -80,7 +81,13 @@ def cache_bytes_per_token(cache: Any) -> float | None:
 
 
 def generate(
-    bench: Bench, title: str, timeout_s: float = math.inf, least: int = 0, prompt: Any = None, **options: Any
+    bench: Bench,
+    title: str,
+    timeout_s: float = math.inf,
+    least: int = 0,
+    prompt: Any = None,
+    part: tuple[int, int] = (0, 1),
+    **options: Any,
 ) -> tuple[list[int], list[float], float]:
     """One generate(): the new tokens, seconds from its start until each of them, and until its end.
 
@@ -88,7 +95,8 @@ def generate(
     criterion, which is called after sampling. On CUDA it records an event: waiting for the device would keep
     the host from launching the rest of the step (that and a heavier `peak_memory` cost a compiled token on an
     H100 4.6 %). On MPS it waits, since events are unreliable there (pytorch #196395), and is called once more
-    than there are tokens (transformers generation/utils.py, DeferredStopCheck).
+    than there are tokens (transformers generation/utils.py, DeferredStopCheck). The progress shown is of all
+    parts, of which this is `part`: (0, 16) is the first of sixteen.
     """
     prompt = bench.prompt if prompt is None else prompt
     device = prompt.device
@@ -110,7 +118,8 @@ def generate(
         if seconds - shown > 0.2:
             shown = seconds
             done = min(1.0, max(tokens / options["max_new_tokens"], seconds / timeout_s))
-            status(f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", done)
+            text = f"{title}: {tokens} tokens, {tokens / seconds:.1f} tokens/s"
+            status(text, (part[0] + done) / part[1])
         return seconds >= timeout_s and tokens >= least
 
     options |= {"attention_mask": torch.ones_like(prompt), "stopping_criteria": [after_token]}

@@ -15,7 +15,7 @@ from _qwquanto.channel import Failure, describe_error, log, save, step
 from _qwquanto.compiled.prepare import graphs_compiled, max_positions, prepare_compiled_decode
 from _qwquanto.results import Compiled, Result
 from _qwquanto.settings import Settings
-from _qwquanto.worker.checkpoint import check_checkpoint, download_model, load_tokenizer
+from _qwquanto.worker.checkpoint import check_checkpoint, download_model, load_tokenizer, token_ids
 from _qwquanto.worker.devices import (
     busy_note,
     choose_devices,
@@ -46,7 +46,7 @@ from _qwquanto.worker.loading import (
     place_model,
     weight_stats,
 )
-from _qwquanto.worker.quality import measure_quality
+from _qwquanto.worker.quality import measure_quality, plan_quality
 from _qwquanto.worker.quanto import leave_out_cudnn_attention, quanto_defects
 
 GENERATION = (  # the settings of generate() that the report names
@@ -60,13 +60,8 @@ def tokenize(s: Settings, tokenizer: Any, config: transformers.PreTrainedConfig)
     if tokenizer is None:
         torch.manual_seed(s.seed)
         ids = torch.randint(10, config.get_text_config().vocab_size - 10, (1, 16))
-    elif not s.chat:
-        ids = tokenizer(s.question, return_tensors="pt").input_ids
-    elif getattr(tokenizer, "chat_template", None):
-        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": s.question}], **options).input_ids
     else:
-        raise Failure(f"{s.model_name} has no chat template: it is no chat model; leave --chat out")
+        ids = token_ids(s, tokenizer, s.question)
     most = (longest if s.compare else min(longest, s.max_length)) - 1
     if not 0 < ids.shape[1] <= most:
         limit = "the model allows" if most == longest - 1 else "MAX_LENGTH allows"
@@ -98,6 +93,7 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
     with step("reading the model's configuration"):
         meta_model = make_meta_model(s, folder)
         bench.prompt = tokenize(s, bench.tokenizer, meta_model.config)
+        bench.plans = plan_quality(s, bench.tokenizer, max_positions(meta_model.config))
         result.ends_comparison = False
         bench.devices, bench.advice = place_model(s, bench.devices, meta_model, stored)
         bench.handles, notes = nvml_handles(bench.devices)
@@ -145,9 +141,8 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
 def measure_compiled(bench: Bench, result: Result, reference: Path | None) -> None:
     """Ready this script's compiled decode step, time it and hold its answers against the reference too."""
     s = bench.settings
-    tokens = bench.prompt.shape[1]
-    judged = min(s.quality_tokens, bench.positions_left) if reference else 0
-    longest = tokens + max(bench.new_tokens, judged)
+    judged = max((len(plan.prompt) + plan.places for plan in bench.plans), default=0)
+    longest = max(bench.prompt.shape[1] + bench.new_tokens, judged)
     log(f"compiling the decode step for up to {longest} tokens: this takes half a minute or so")
     with step("compiling the decode step"):
         begin = time.perf_counter()
