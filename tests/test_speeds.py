@@ -6,16 +6,12 @@ import json
 import math
 import random
 import statistics
-import threading
 from collections import Counter
 from dataclasses import replace
 
-import pynvml
 import pytest
-import torch
 from bench_reproducibility import between_processes
 from conftest import t_quantile
-from fake_model import FakeModel, bench
 from results import (
     compiled,
     compiled_comparison,
@@ -31,7 +27,7 @@ from results import (
 from _qwquanto.claims import speed_verdict
 from _qwquanto.console import render
 from _qwquanto.report import energy_lines, speed_table
-from _qwquanto.results import Benchmark, Result, from_json, to_json
+from _qwquanto.results import Benchmark, from_json, to_json
 from _qwquanto.saved import files_report, speed_change
 from _qwquanto.stats import (
     BETWEEN_PROCESSES,
@@ -46,8 +42,6 @@ from _qwquanto.stats import (
     student_t,
 )
 from _qwquanto.verdicts import comparability_warnings, fastest, recommendation, warnings_for
-from _qwquanto.worker import devices, generation
-from _qwquanto.worker.devices import host_yardstick, peak_memory, throttle_reasons
 
 
 def shown(parts):
@@ -294,56 +288,6 @@ def test_every_row_of_a_gpu_comparison_has_its_energy():
     assert lines == [f"Energy a token, {kind}: {each}." for kind in ("eager", "compiled")]
 
 
-class Driver:
-    """NVML's answers: an old driver lacks the newer name."""
-
-    def __init__(self, monkeypatch, *bits, old=False):
-        def newer(handle):
-            if old:
-                raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
-            return answers()
-
-        answers = iter(bits).__next__
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", newer)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda handle: answers())
-
-
-def test_nvmls_reasons_in_words(monkeypatch):
-    idle, power, heat, hot = 0x1, 0x4, 0x20, 0x40
-    Driver(monkeypatch, idle, power | idle, heat | hot)
-    handles = {"cuda:0": "a"}
-    found = [throttle_reasons(handles) for _ in range(3)]
-    assert found == [set(), {"its power limit"}, {"heat"}] and throttle_reasons({}) == set()
-    Driver(monkeypatch, heat, old=True)
-    assert throttle_reasons(handles) == {"heat"}
-
-
-def test_a_driver_that_tells_no_reasons_costs_nothing(monkeypatch):
-    def unknown(handle):
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
-        monkeypatch.setattr(pynvml, name, unknown)
-    assert throttle_reasons({"cuda:0": "a"}) == set()
-
-
-def test_the_thread_that_polls_memory_sees_throttling(monkeypatch):
-    looks, four = [], threading.Event()
-
-    def reasons(handles):
-        looks.append(handles)
-        if len(looks) == 4:
-            four.set()
-        return {"heat"} if len(looks) < 3 else set()
-
-    monkeypatch.setattr(devices, "throttle_reasons", reasons)
-    monkeypatch.setattr(devices, "polled_memory", lambda *_: {"rss": 7})
-    shares = {}
-    with peak_memory([], {"cuda:0": "a"}, shares) as peak:
-        assert four.wait(60)
-    assert peak()["rss"] == 7 and shares == {"heat": 2 / len(looks)} and looks[0] == {"cuda:0": "a"}
-
-
 def test_throttling_is_told_with_its_reason_and_kind():
     def told(**changes):
         return [line for line in warnings_for(result("int8", **changes)) if "slowed down" in line]
@@ -397,37 +341,6 @@ def test_one_build_is_about_the_same_and_a_handicap_is_seen():
     assert large["slower"] > 0.99 * POWER, large
     assert small["faster"] == 0 and small["slower"] > 0.4 * POWER, small
     assert small["slower"] + small["same"] > 0.98 * POWER, small
-
-
-def test_the_yardstick_is_laid_before_between_and_after_the_runs(monkeypatch):
-    """Eager and compiled; on the device under test, and outside of what is timed."""
-    order = []
-
-    def yardstick(device):
-        order.append(device)
-        return lambda: order.append("yardstick") or 0.05
-
-    monkeypatch.setattr(generation, "host_yardstick", yardstick)
-    monkeypatch.setattr(generation, "run_once", lambda *_: order.append("run") or run())
-    for name in ("save", "log"):
-        monkeypatch.setattr(generation, name, lambda *_: None)
-    r = Result(settings(), compiled=compiled())
-    for target in (r, r.compiled):
-        order.clear()
-        generation.timed_runs(bench(FakeModel(None, [])), r, target, 2)
-        assert order == ["cpu", "yardstick", "run", "yardstick", "run", "yardstick"]
-        assert target.host_s == [0.05] * 3
-
-
-def test_the_yardstick_is_a_fixed_number_of_products_between_two_synchronizations(monkeypatch):
-    calls = []
-    real = torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: calls.append("product") or real(*a))
-    monkeypatch.setattr(devices, "synchronize", lambda which: calls.append(which))
-    seconds = host_yardstick("cpu")
-    calls.clear()
-    assert seconds() > 0
-    assert calls == [["cpu"], *["product"] * 400, ["cpu"]]
 
 
 def test_yardsticks_and_throttling_outlive_the_file_and_older_files_lack_them():

@@ -1,0 +1,97 @@
+"""What a worker learns of its machine while it times: throttling, and the yardstick of the host."""
+
+import threading
+
+import pynvml
+import torch
+from fake_model import FakeModel, bench
+from results import (
+    compiled,
+    run,
+    settings,
+)
+
+from _qwquanto.results import Result
+from _qwquanto.worker import devices, generation
+from _qwquanto.worker.devices import host_yardstick, peak_memory, throttle_reasons
+
+
+class Driver:
+    """NVML's answers: an old driver lacks the newer name."""
+
+    def __init__(self, monkeypatch, *bits, old=False):
+        def newer(handle):
+            if old:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+            return answers()
+
+        answers = iter(bits).__next__
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", newer)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda handle: answers())
+
+
+def test_nvmls_reasons_in_words(monkeypatch):
+    idle, power, heat, hot = 0x1, 0x4, 0x20, 0x40
+    Driver(monkeypatch, idle, power | idle, heat | hot)
+    handles = {"cuda:0": "a"}
+    found = [throttle_reasons(handles) for _ in range(3)]
+    assert found == [set(), {"its power limit"}, {"heat"}] and throttle_reasons({}) == set()
+    Driver(monkeypatch, heat, old=True)
+    assert throttle_reasons(handles) == {"heat"}
+
+
+def test_a_driver_that_tells_no_reasons_costs_nothing(monkeypatch):
+    def unknown(handle):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
+        monkeypatch.setattr(pynvml, name, unknown)
+    assert throttle_reasons({"cuda:0": "a"}) == set()
+
+
+def test_the_thread_that_polls_memory_sees_throttling(monkeypatch):
+    looks, four = [], threading.Event()
+
+    def reasons(handles):
+        looks.append(handles)
+        if len(looks) == 4:
+            four.set()
+        return {"heat"} if len(looks) < 3 else set()
+
+    monkeypatch.setattr(devices, "throttle_reasons", reasons)
+    monkeypatch.setattr(devices, "polled_memory", lambda *_: {"rss": 7})
+    shares = {}
+    with peak_memory([], {"cuda:0": "a"}, shares) as peak:
+        assert four.wait(60)
+    assert peak()["rss"] == 7 and shares == {"heat": 2 / len(looks)} and looks[0] == {"cuda:0": "a"}
+
+
+def test_the_yardstick_is_laid_before_between_and_after_the_runs(monkeypatch):
+    """Eager and compiled; on the device under test, and outside of what is timed."""
+    order = []
+
+    def yardstick(device):
+        order.append(device)
+        return lambda: order.append("yardstick") or 0.05
+
+    monkeypatch.setattr(generation, "host_yardstick", yardstick)
+    monkeypatch.setattr(generation, "run_once", lambda *_: order.append("run") or run())
+    for name in ("save", "log"):
+        monkeypatch.setattr(generation, name, lambda *_: None)
+    r = Result(settings(), compiled=compiled())
+    for target in (r, r.compiled):
+        order.clear()
+        generation.timed_runs(bench(FakeModel(None, [])), r, target, 2)
+        assert order == ["cpu", "yardstick", "run", "yardstick", "run", "yardstick"]
+        assert target.host_s == [0.05] * 3
+
+
+def test_the_yardstick_is_a_fixed_number_of_products_between_two_synchronizations(monkeypatch):
+    calls = []
+    real = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: calls.append("product") or real(*a))
+    monkeypatch.setattr(devices, "synchronize", lambda which: calls.append(which))
+    seconds = host_yardstick("cpu")
+    calls.clear()
+    assert seconds() > 0
+    assert calls == [["cpu"], *["product"] * 400, ["cpu"]]
