@@ -267,17 +267,16 @@ def messages(monkeypatch):
 
 @pytest.fixture
 def fresh():
-    """Nothing compiled before, by two threads, since Inductor writes other code for one; Quanto patched."""
+    """Nothing compiled before, and Quanto as the script patches it.
+
+    On one thread, as all tests; Inductor writes other code for several, which test_script's comparison runs.
+    """
     import torch
 
     from _qwquanto.worker.quanto import patch_quanto
 
     torch._dynamo.reset()
     patch_quanto()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def in_plain_python(code):
