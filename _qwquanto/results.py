@@ -67,6 +67,7 @@ class Compiled:
     seconds: float
     graphs: int
     recompilations: int = 0  # within timed runs
+    replayed: bool = False  # as CUDA graphs, whose pace is not the host's
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     host_s: list[float] = field(default_factory=list)  # before, between and after the runs

@@ -124,9 +124,10 @@ def coefficient_of_variation(runs: list[Run]) -> float | None:
     return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
 
 
-def mean_with_error(logs: list[float]) -> tuple[float, float, float]:
-    """The mean of some logarithms, its squared standard error and the degrees of freedom of that."""
-    return statistics.fmean(logs), statistics.variance(logs) / len(logs), len(logs) - 1
+def log_mean(values: list[float]) -> tuple[float, tuple[float, float]]:
+    """The mean of the logarithms; and its squared standard error with the degrees of freedom of that."""
+    logs = [math.log(value) for value in values]
+    return statistics.fmean(logs), (statistics.variance(logs) / len(logs), len(logs) - 1)
 
 
 def welch(center: float, errors: list[tuple[float, float]]) -> tuple[float, float]:
@@ -150,18 +151,18 @@ def ratio_interval(
     What the two processes' memory bandwidths and yardsticks differ by may be in the figures or not, so the
     interval holds both: the ratio as it is, and as it would be beside the same memory or the same host.
     """
-    logs = [[math.log(rate) for rate in group] for group in rates_over_shared_prefix(runs, base)]
-    if min(map(len, logs)) < 2:
+    rates = rates_over_shared_prefix(runs, base)
+    if min(map(len, rates)) < 2:
         return None
-    (ours, *our_error), (theirs, *their_error) = map(mean_with_error, logs)
-    errors = [tuple(our_error), tuple(their_error), *((sd**2, math.inf) for sd in between)]
+    (ours, our_error), (theirs, their_error) = map(log_mean, rates)
+    errors = [our_error, their_error, *((sd**2, math.inf) for sd in between)]
     low, high = welch(ours - theirs, errors)
     memory = math.log(bandwidth_ratio)
     ends = [low, high, low - memory, high - memory]
     if min(map(len, host_s)) > 1:
-        (mine, *my_error), (other, *other_error) = (mean_with_error([*map(math.log, s)]) for s in host_s)
-        # more seconds for the yardstick: a slower host, beside which the rate was lower than it could be
-        ends += welch(ours - theirs + mine - other, [*errors, tuple(my_error), tuple(other_error)])
+        (our_host, our_scatter), (their_host, their_scatter) = map(log_mean, host_s)
+        # more seconds of the yardstick: a slower host, beside which the rate was lower than it could be
+        ends += welch(ours + our_host - theirs - their_host, [*errors, our_scatter, their_scatter])
     return math.exp(min(ends)), math.exp(max(ends))
 
 
@@ -178,7 +179,7 @@ def speed_interval(
     """The 95 % interval of r's decode rate over base's, both eager or both compiled; None where unknown.
 
     On one machine other devices are not compared, and what its memory and its host did meanwhile widens the
-    interval; between two machines that is their difference. CUDA graphs are replayed without the host.
+    interval; between two machines that is their difference. The host is not in the rate of replayed graphs.
     """
     measured = [r.compiled, base.compiled] if compiled else [r, base]
     if not all(measured) or (same_machine and r.devices != base.devices):
@@ -189,7 +190,8 @@ def speed_interval(
     between = tuple(BETWEEN_PROCESSES.get(kind, BETWEEN_UNMEASURED) for kind in kinds)
     if not same_machine:
         return ratio_interval(*(one.runs for one in measured), between)
-    host_s = ([], []) if ("compiled", "cuda") in kinds else tuple(one.host_s for one in measured)
+    replayed = compiled and all(one.replayed for one in measured)
+    host_s = ([], []) if replayed else tuple(one.host_s for one in measured)
     return ratio_interval(*(one.runs for one in measured), between, bandwidth_ratio(r, base), host_s)
 
 

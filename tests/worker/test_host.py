@@ -1,8 +1,10 @@
 """What a worker learns of its machine while it times: throttling, and the yardstick of the host."""
 
 import threading
+from types import SimpleNamespace
 
 import pynvml
+import pytest
 import torch
 from fake_model import FakeModel, bench
 from results import (
@@ -11,8 +13,9 @@ from results import (
     settings,
 )
 
+from _qwquanto.compiled.prepare import SCRIPT_STEP, STATIC_CACHE, CompiledDecode
 from _qwquanto.results import Result
-from _qwquanto.worker import devices, generation
+from _qwquanto.worker import devices, generation, measure
 from _qwquanto.worker.devices import host_yardstick, peak_memory, throttle_reasons
 
 
@@ -95,3 +98,17 @@ def test_the_yardstick_is_a_fixed_number_of_products_between_two_synchronization
     calls.clear()
     assert seconds() > 0
     assert calls == [["cpu"], *["product"] * 400, ["cpu"]]
+
+
+@pytest.mark.parametrize(("way", "device", "replayed"), [
+    (SCRIPT_STEP, "cuda", True), (SCRIPT_STEP, "cpu", False), (STATIC_CACHE, "cuda", False),
+])  # fmt: skip
+def test_which_compiled_step_is_replayed(monkeypatch, way, device, replayed):
+    monkeypatch.setattr(measure, "prepare_compiled_decode", lambda *_: CompiledDecode(way, 3, {}))
+    for name in ("timed_runs", "save", "log"):
+        monkeypatch.setattr(measure, name, lambda *_: None)
+    monkeypatch.setattr(measure, "warmup_runs", lambda *_: [])
+    mine, r = bench(FakeModel(None, [])), Result(settings())
+    mine.prompt = SimpleNamespace(shape=(1, 3), device=torch.device(device))
+    measure.measure_compiled(mine, r, None)
+    assert r.compiled.replayed == replayed
