@@ -102,7 +102,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    sys.path.append(sys.path.pop(0))  # last: no file beside this one hides a library's
+    sys.path.append(sys.path.pop(0))  # search this folder last: no file in it may shadow a library
 
 import os
 import signal
@@ -136,7 +136,8 @@ RESULTS: str | None = None  # file for all numbers as JSON; "-": standard output
 REPORT: str | None = None  # file for the report as a picture or a page: "report.svg", "report.html"
 # -----------------------------------------------------------------------------------------------------------
 
-# until main() takes over, Ctrl-C ends without an import's traceback, but where it is ignored (sh: script &)
+# Until main() installs its own handler, Ctrl-C exits quietly instead of with a traceback from an import;
+# where Ctrl-C is ignored already (sh: script &), it stays so.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 

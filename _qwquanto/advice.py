@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from _qwquanto.fit import memory_taken
+from _qwquanto.fit import device_peak, memory_taken
 from _qwquanto.results import Result
 from _qwquanto.settings import SHORT_DTYPES
 from _qwquanto.stats import (
@@ -103,7 +103,7 @@ def may_equal(r: Result, fastest: Result) -> bool:
 
 def takes_less(r: Result, base: Result) -> bool:
     """Whether the program took less memory; of a CPU's processes, quantized ones often take more."""
-    ours, theirs = memory_taken(r), memory_taken(base)
+    ours, theirs = device_peak(r), device_peak(base)
     return ours < theirs if ours and theirs else r.weight_bytes < base.weight_bytes
 
 
@@ -126,7 +126,9 @@ def both_ways(r: Result, base: Result) -> str:
 def take_base(base: Result, least: Result) -> str:
     """The unquantized model: it is faster, or the smaller one would bring nothing for certain."""
     total = sum(base.device_memory_bytes.values())
-    fits = memory_text(base).replace(" ", f" of {gib(total)} ") if total else memory_text(base)
+    fits = (
+        f"{gib(memory_taken(base) or base.weight_bytes)} of {gib(total)} GiB" if total else memory_text(base)
+    )
     if may_equal(least, base):
         spread = interval_text(speed_interval(least, base), format_3g).strip(" ()")
         why = f"and {least.label} is not certain to be faster" + f" ({spread} times)" * bool(spread)

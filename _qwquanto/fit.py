@@ -62,7 +62,13 @@ def bytes_per_prompt_token(r: Result) -> float | None:
 def context_that_fits(r: Result, card_bytes: float) -> int | None:
     """The longest context that an empty GPU with so much memory has room for: 0 for none, None if unknown."""
     peak, per_token = device_peak(r), bytes_per_prompt_token(r)
-    if peak is None or not per_token or not r.runs or len(r.devices) > 1 or r.devices[0][:4] != "cuda":
+    if (
+        peak is None
+        or not per_token
+        or not r.runs
+        or len(r.devices) > 1
+        or not r.devices[0].startswith("cuda")
+    ):
         return None
     usable = USABLE * card_bytes
     room = usable - (peak - r.kv_bytes_per_token * context_of_runs(r))

@@ -29,13 +29,15 @@ from _qwquanto.stats import (
 from _qwquanto.text import format_3g, percent, plural, plus_minus, rate_text, row_label, spread_text
 from _qwquanto.verdicts import (
     HOST_BOUND,
-    PLANNING,
     comparability_warnings,
     grave_warnings,
     recommendation,
     untested,
     warnings_for,
 )
+
+# first / repeated time of a token with cuDNN's attention above which its planning is told
+CUDNN_PLANNING_RATIO = 1.2
 
 
 def report(benchmark: Benchmark) -> list[Any]:
@@ -99,7 +101,9 @@ def alerts(benchmark: Benchmark) -> list[str]:
         lines.append("[bold yellow]! Interrupted: this is what had been measured.[/]")
     for r in results:
         if r.failure:
-            what = "--compile " * bool(r.settings.compile and r.eager_complete)  # the eager rows are whole
+            what = "--compile " * bool(
+                r.settings.compile and r.eager_complete
+            )  # eager was measured to its end, so --compile failed
             what += ("unavailable" if r.unavailable else "FAILED") + f": {escape(r.failure)}"
             lines.append(f"[bold red]{f'{r.label} ' * compared}{what}[/]")
         for text in grave_warnings(r):
@@ -123,14 +127,15 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     rates = [decode_rate(runs) for runs in groups]
     rows = []
     drawn = bars(rates, [rate_text(runs) for runs in groups], max(filter(None, rates), default=None))
-    base = next((r for r, rate in zip(results, rates, strict=True) if rate and r.name == "none"), None)
+    known = ((r, runs, rate) for r, runs, rate in zip(results, groups, rates, strict=True) if rate)
+    base, base_runs, base_rate = next((x for x in known if x[0].name == "none"), (None, [], None))
     for r, runs, rate, cell in zip(results, groups, rates, drawn, strict=True):
         row = [row_label(r, compiled), cell]
         measured = r.compiled if compiled else r
         long = any(map(counts, runs))  # enough for a ratio
         if base:
-            alike = long and any(map(counts, groups[results.index(base)])) and r.devices == base.devices
-            row.append(format_3g(rate / rates[results.index(base)]) if alike else "–")
+            alike = long and any(map(counts, base_runs)) and r.devices == base.devices
+            row.append(format_3g(rate / base_rate) if alike else "–")
         if compiled:
             row.append(format_3g(rate / decode_rate(r.runs)) if long and any(map(counts, r.runs)) else "–")
             row.append(format_3g(measured and measured.seconds))
@@ -153,7 +158,11 @@ def question_s(r: Result) -> float | None:
     Decoding is slower after a long prompt: its rate there counts, where it is known.
     """
     rate = r.decode_after_prefill_tokens_per_s or decode_rate(r.runs)
-    return 512 / r.prefill_tokens_per_s + 127 / rate if rate and r.prefill_tokens_per_s else None
+    if (
+        not rate or not r.prefill_tokens_per_s or r.prefill_tokens != 512
+    ):  # a shorter model has no such prompt
+        return None
+    return 512 / r.prefill_tokens_per_s + 127 / rate
 
 
 def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) -> str:
@@ -262,7 +271,7 @@ def cudnn_lines(results: list[Result]) -> list[str]:
     costs = [
         f"{label} {format_3g(cost['first'], 0.001)} instead of {format_3g(cost['again'], 0.001)}"
         for label, cost in seen
-        if cost["first"] > PLANNING * cost["again"]
+        if cost["first"] > CUDNN_PLANNING_RATIO * cost["again"]
     ]
     if not costs:
         return []

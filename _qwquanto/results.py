@@ -63,7 +63,7 @@ class Quality:
 class Compiled:
     """This script's compiled decode step: seconds it took to prepare, its graphs, and its measurements."""
 
-    way: str  # OWN_STEP or STATIC_CACHE
+    way: str  # SCRIPT_STEP or STATIC_CACHE
     seconds: float
     graphs: int
     recompilations: int = 0  # within timed runs
@@ -195,9 +195,9 @@ def lacks_figure(kind: type, plain: dict[str, Any]) -> bool:
 
 
 def from_plain(kind: type, plain: dict[str, Any]) -> Any:
-    """The dataclass that `asdict` made this of, without what `lacks_figure` and without fields that a later
-    version wrote; None if it lacks one itself.
+    """The dataclass that `asdict` made this of; fields that a later version wrote are ignored.
 
+    What lacks a figure that it always has is left out (`lacks_figure`); None if that is this one itself.
     Raises TypeError or AttributeError for anything else.
     """
     if lacks_figure(kind, plain):

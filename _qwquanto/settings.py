@@ -19,8 +19,10 @@ from typing import Any
 
 from _qwquanto import __version__
 
-PRECISIONS = ("none", "int8", "float8", "int4", "int2")  # in the order of running, see `measure_quality`
-# another, which QuantoConfig must know, also concerns `expected_bytes`, `dequant_linear` and `expectations`
+PRECISIONS = ("none", "int8", "float8", "int4", "int2")
+# In the order of running: the first that runs is the reference of quality. Another one, which QuantoConfig
+# must know, also concerns BITS, `expected_bytes` (worker/loading), patches and defects (worker/quanto),
+# `dequant_linear` (compiled/layers), `expectations` (claims), the constants' comments and README.
 BITS = {"none": 16, "int8": 8, "float8": 8, "int4": 4, "int2": 2}
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -207,6 +209,7 @@ def unused(s: Settings, given: list[str]) -> list[str]:
     if s.compare:
         told = {
             "--weights is of a single run: name its precision behind --compare": "--weights" in given,
+            "--max-length is of a single run: take --compare-tokens": "--max-length" in given,
             "--quality-text needs QUALITY_TOKENS above 0": "--quality-text" in given and not s.quality_tokens,
         }
         return [text for text, holds in told.items() if holds]

@@ -25,10 +25,12 @@ from _qwquanto.results import Result, from_plain
 from _qwquanto.settings import PRECISIONS, Settings
 from _qwquanto.text import duration, plural
 
-NO_NUMBER = "A figure was no number (NaN or infinite): it counts as unknown, and so does what it belongs to."
+NO_NUMBER = (
+    "A figure was no number (NaN or infinite): it, or the run or judgement it belongs to, is left out."
+)
 EXIT_GRACE_S = 10  # for a worker to end by itself once it has measured everything
 
-# The package is found last, and the user's folder not at all (-P): no file of theirs hides a library's.
+# The package is searched last and the user's folder never (-P): none of their files may shadow a library.
 START = f"import sys; sys.path.append({str(Path(__file__).parent.parent)!r}); "
 START += "from _qwquanto.worker import main; main()"
 COMMAND = (sys.executable, "-P", "-c", START)

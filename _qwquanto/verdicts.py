@@ -27,7 +27,6 @@ from _qwquanto.stats import (
 from _qwquanto.text import format_3g, gib, kl_text, percent, plural
 
 MIN_POSITIONS = 100  # of a KL: llama-perplexity prints no statistics on fewer
-PLANNING = 1.2  # times the time of a token that a new context length must cost to be told
 HOST_BOUND = 0.5  # share of an eager step under which the GPU mostly waits for the host
 MPS_UNTRIED = "Never run by the authors on MPS: your --results file is welcome in an issue."
 # of the GPU tests' last run (tests/test_gpu.py); the versions that requirements.txt pins ran on CPUs
@@ -102,7 +101,7 @@ def instability(kind: str, runs: list[Run], same_work: bool, host_bound: bool = 
     if is_warming_up(rates):
         found.append(f"The {kind} runs are still warming up, each faster than before: more WARMUP_RUNS.")
     elif variation > UNSTABLE:
-        # without the figure, which stands in the table: precisions of the same words share a line
+        # no figure in the text (the table has it): precisions with the same warning share a line
         why = "the host, which sets the pace, is not steady." if host_bound else "is the machine busy?"
         found.append(f"The {kind} runs' rates differ by over {100 * UNSTABLE:.0f} % (s.d.): {why}")
     # never of three runs, whose extremes are at most 2 s.d. apart

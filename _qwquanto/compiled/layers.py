@@ -37,7 +37,7 @@ class DequantLinear(torch.nn.Module):
     its `part`, is computed once (SharedProducts).
     """
 
-    # the tensors to merge -> their dimension of the outputs, and how many outputs make one index of it
+    # tensor to merge -> (its dimension of the outputs, how many outputs one index of that stands for)
     output_axis: dict[str, tuple[int, int]]
     merge_key: Any = None  # what layers must have in common to be merged; None: nothing to gain
 

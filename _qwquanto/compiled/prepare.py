@@ -30,7 +30,7 @@ STATIC_CACHE = "compiled with transformers' static cache"
 
 @dataclass
 class CompiledDecode:
-    """A model whose decode step is compiled: `way` is OWN_STEP or STATIC_CACHE, `graphs` counts Dynamo's."""
+    """A model whose decode step is compiled: `way` is SCRIPT_STEP or STATIC_CACHE, `graphs` Dynamo's."""
 
     way: str
     graphs: int

@@ -20,7 +20,7 @@ from _qwquanto.compiled.kernels import triton
 from _qwquanto.compiled.layers import INDUCTOR_OPTIONS, DequantLinear
 from _qwquanto.compiled.ops import flash_decode, supports_pdl
 
-BUCKET_TOKENS = 256  # tokens
+BUCKET_TOKENS = 256  # places of the cache that are read are a multiple; on CUDA one graph each
 
 
 def bucketed_attention(module, query, key, value, mask, scaling=None, **more):

@@ -22,7 +22,8 @@ from _qwquanto.text import duration, format_3g, plural
 from _qwquanto.worker.devices import energy_j, host_yardstick, peak_memory, synchronize
 from _qwquanto.worker.loading import NO_FIT_ADVICE
 
-# A warm-up run lasts until it has reached both, and all of them so long: a GPU machine is slow at first.
+# Each warm-up run lasts so many tokens and seconds at least, unless its answer ends first; runs are repeated
+# until the same seconds have passed in all: a GPU machine is slow at first.
 WARMUP_TOKENS, WARMUP_S = 16, 5
 PREFILL_TOKENS, PREFILL_S = 512, 10  # as llama-bench's pp512; seconds after which it is measured no more
 TOKENS_AFTER_PREFILL = 8  # decoded after each of those prompts

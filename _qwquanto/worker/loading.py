@@ -128,7 +128,7 @@ def place_model(
 ) -> tuple[list[str], str]:
     """(devices, advice for a lack of memory): the first GPU that the model fits, else all. Says what comes.
 
-    `stored` bytes has a checkpoint that is quantized already, which no other precision can make smaller.
+    `stored`: bytes of a checkpoint that is quantized already, else None; no precision makes it smaller.
     Raises Failure for a model beyond the devices' total memory; one beyond their free memory is tried.
     """
     largest = max((m.weight.numel() for m in linear_layers(meta_model)), default=0)

@@ -128,7 +128,7 @@ def load(bench: Bench, result: Result, folder: str | None, meta_model: Any) -> N
             setattr(result, name, value)
         result.bytes_per_token = decode_weight_bytes(bench.model)
         save(result)
-    with step("running the model"):
+    with step("preparing the runs"):
         bench.prompt = bench.prompt.to(bench.model.get_input_embeddings().weight.device)
         tokens = bench.prompt.shape[1]
         bench.positions_left = max_positions(bench.model.config) - tokens

@@ -27,10 +27,10 @@ UPSTREAM_DEFECTS = {  # what was patched -> what Quanto as shipped does; "{}" la
     "bias": "'s float8 compiles a CUDA extension, which then leaves out the bias of up to {} layers",
     "subclasses": " makes plain linear layers of {} layers that do more",
 }
-PATCHED: set[str] = set()  # those of DEFECTS that were met so far
+PATCHED: set[str] = set()  # those of UPSTREAM_DEFECTS that were met so far
 
 
-def patch_quanto(leave_kernels: bool = False) -> None:
+def patch_quanto(as_shipped: bool = False) -> None:
     """Keep Quanto from building extensions, losing biases and crashing: optimum-quanto 0.2.7, torch 2.13.0.
 
     - tensor/weights/marlin/fp8/qbits.py:30: the float8 Marlin kernel never adds its bias; without
@@ -44,7 +44,7 @@ def patch_quanto(leave_kernels: bool = False) -> None:
 
     A second call changes nothing.
     """
-    if leave_kernels or hasattr(qbytes_mm, "shipped"):
+    if as_shipped or hasattr(qbytes_mm, "shipped"):
         return
     for registered in extension._extensions.values():
         registered._lib = types.SimpleNamespace(unpack=unpack)
@@ -75,14 +75,14 @@ def patch_quanto(leave_kernels: bool = False) -> None:
     AbsmaxOptimizer.optimize = scale_above_zero
 
 
-def leave_out_cudnn_attention(leave_kernels: bool) -> bool:
+def leave_out_cudnn_attention(as_shipped: bool) -> bool:
     """Keep torch from cuDNN's attention; whether that changed anything.
 
     On Hopper torch prefers it (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, priority_order), and it
     plans its kernels anew for each shape (cudnn/MHA.cpp, a cache by shape): at each new context length a
     token takes 30 ms more, so that short runs time cuDNN's planning (torch 2.11, H100).
     """
-    if leave_kernels or not torch.cuda.is_available():
+    if as_shipped or not torch.cuda.is_available():
         return False
     shipped = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -123,7 +123,7 @@ def modules_to_skip(model: Any) -> list[str]:
 
 
 def quanto_defects(model: Any) -> dict[str, str]:
-    """Those of DEFECTS that a quantized model met when it ran -> their sentences: "as shipped, Quanto …".
+    """Those of UPSTREAM_DEFECTS that a quantized model met when it ran -> "as shipped, Quanto …".
 
     The number of layers stands where the model tells it.
     """
