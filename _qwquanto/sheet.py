@@ -54,6 +54,8 @@ def fitting(sheet: Sheet, text: str, room: float, **look: Any) -> int:
 def wrap(sheet: Sheet, text: str, room: float, lines: int, **look: Any) -> list[str]:
     """The text in lines that end between words or folders if they can; "…" stands for what is left."""
     made: list[str] = []
+    # lines of their own, or half characters of another encoding, are in no line here
+    text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
     while text and len(made) < lines:
         end = fitting(sheet, text, room, **look)
         if end < len(text) and len(made) + 1 == lines:
