@@ -20,7 +20,8 @@ speed, memory and, in a comparison, quality.
     python qwquanto.py --random-weights   # the same modules, bytes and speed, and nothing to download
     python qwquanto.py --compare          # none, int8, float8, int4 and int2 beside each other
     python qwquanto.py --compare --compile --results all.json --report all.svg
-    python qwquanto.py --show all.json other.json
+    python qwquanto.py --compare --chart all.png   # and a picture of it (pip install matplotlib)
+    python qwquanto.py --show all.json other.json --chart both.svg
 
 Every number, as the report names it (the JSON has them in seconds and bytes, null where unknown):
 
@@ -81,6 +82,9 @@ whose interval holds it is borderline or, where the ends differ by over 1.5 time
 About equal is what lies within 10 % and holds 1; the fastest is named where its interval excludes all others.
 Answers are kept up to 0.05 nats, changed up to 0.5 and broken above: the author's choice.
 
+The chart shows the same rows in three panels: speed, memory, answers. The colour of a bar says what became of
+the answers; the grey behind it reaches to where the memory's bandwidth ends (speed), or to the peak (memory).
+
 `--compile` measures this script's own compiled decode step (static cache, Quanto's numbers as plain tensors,
 CUDA graphs, a sampling loop in which the GPU does not wait), beside the eager model that a program of yours
 would get; `compile_decode` gives that step to a program.
@@ -93,6 +97,7 @@ Where it is done, in the folder _qwquanto beside this file (its __init__.py has 
     quality in a comparison            worker/quality.py
     the report                         report.py, memory.py; its figures in stats.py and fit.py
     what the figures mean              claims.py, verdicts.py; which precision to take: advice.py
+    the chart                          chart.py, on panels.py and sheet.py
 
 This program never imports torch: supervisor.py starts a process for each precision that does.
 """
@@ -105,6 +110,7 @@ if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))  # search this folder last: no file in it may shadow a library
 
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -134,6 +140,7 @@ SEED: int = 0  # run i is seeded with SEED + i
 TRUST_REMOTE_CODE: bool = False  # True runs code from the model's repository; Qwen2.5 needs none
 RESULTS: str | None = None  # file for all numbers as JSON; "-": standard output
 REPORT: str | None = None  # file for the report as a picture or a page: "report.svg", "report.html"
+CHART: str | None = None  # file for a chart: "chart.svg", "chart.png"; drawn by matplotlib (pip install it)
 # -----------------------------------------------------------------------------------------------------------
 
 # Until main() installs its own handler, Ctrl-C exits quietly instead of with a traceback from an import;
@@ -161,15 +168,16 @@ def main(argv: list[str] | None = None) -> int:
         stream.reconfigure(encoding="utf-8", errors="replace")
     sys.stderr = console.LastingStream(sys.stderr)
     s, args = settings.parse(argv, globals(), Path(__file__))
-    # saved results need none of the settings but where a picture of them goes
+    # saved results need none of the settings but where pictures of them go
     problems = settings.check(s) + settings.unused(s, args.given)
-    if problems := [text for text in problems if text.startswith("REPORT ") or not args.show]:
+    if problems := [text for text in problems if text.startswith(("REPORT ", "CHART ")) or not args.show]:
         print(*(f"qwquanto: {text}" for text in problems), sep="\n", file=sys.stderr)
         return 2
     if args.show:
-        return saved.show(args.show, s.report)
+        return saved.show(args.show, s.report, s.chart)
 
-    stop, benchmark, view = supervisor.Interruption(), results.Benchmark([]), console.View()
+    typed = shlex.join(["python", "qwquanto.py", *(sys.argv[1:] if argv is None else argv)])
+    stop, benchmark, view = supervisor.Interruption(), results.Benchmark([], command=typed), console.View()
     file = results.ResultsFile(s.results, benchmark)
     with view.progress:
         problems = supervisor.measure_all(s, file.save, view, stop, args.debug)

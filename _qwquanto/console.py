@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+BAR_CELLS = 4  # of a table's bars
 escape = markup.escape  # for text of the user's in a report
 
 
@@ -25,14 +26,15 @@ def table(title: str, columns: Iterable[str], rows: list[list[str]], left: int =
 
 
 def bars(values: list[float | None], texts: list[str], best: float | None = None) -> list[str]:
-    """Each text behind a bar of its figure's size; that of the best figure is green."""
+    """Each text behind a bar of its figure's size, in eighths of a cell; that of the best figure is green."""
     largest = max((v for v in values if v), default=0)
     width = max(map(len, texts), default=0)
     cells = []
     for value, text in zip(values, texts, strict=True):
-        length = max(1, round(4 * value / largest)) if value else 0
+        eighths = max(1, round(8 * BAR_CELLS * value / largest)) if value else 0
+        drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8] * (eighths % 8 > 0)
         style = "green" if value and value == best else "cyan"
-        cells.append(f"[{style}]{'█' * length}[/]{' ' * (4 - length)} {text:>{width}}")
+        cells.append(f"[{style}]{drawn}[/]{' ' * (BAR_CELLS - len(drawn))} {text:>{width}}")
     return cells
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from _qwquanto.answers import answers, comparison_quality
+from _qwquanto.chart import save_chart
 from _qwquanto.claims import expectations
 from _qwquanto.console import bars, discard, escape, render, save_report, table
 from _qwquanto.memory import comparison_memory, memory_table
@@ -281,7 +282,7 @@ def cudnn_lines(results: list[Result]) -> list[str]:
 
 
 def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
-    """Save the report's picture and print it; what could not be written."""
+    """Save the report's picture, print it and draw the chart; what could not be written."""
     out = sys.stderr if s.results == "-" else sys.stdout
     problems, parts = [], []
     if any(r.memory for r in benchmark.results):
@@ -299,4 +300,4 @@ def print_report(s: Settings, benchmark: Benchmark) -> list[str]:
         discard(sys.stdout)
         if error.errno not in (errno.EPIPE, errno.EIO):  # `| head` has seen enough; a terminal that is closed
             problems.append(f"cannot write to standard output: {error.strerror or error}")
-    return problems
+    return problems + (save_chart([""], [benchmark], s.chart) if parts else [])

@@ -164,6 +164,7 @@ class Benchmark:
         default_factory=lambda: datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     )
     version: str = __version__
+    command: str = ""  # as it was typed
     schema: int = SCHEMA
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _qwquanto.channel import Failure
+from _qwquanto.chart import save_chart
 from _qwquanto.console import escape, render, save_report, table
 from _qwquanto.report import alerts, hardware, report, row_label
 from _qwquanto.results import Benchmark, Result, from_json
@@ -29,7 +30,7 @@ def file_facts(benchmark: Benchmark) -> dict[str, Any]:
     first = benchmark.described
     known = {"date": benchmark.date, "qwquanto": benchmark.version, "devices": ", ".join(first.devices)}
     settings = {key.upper(): value for key, value in dataclasses.asdict(first.settings).items()}
-    for own in ("WEIGHTS", "RESULTS", "REPORT"):
+    for own in ("WEIGHTS", "RESULTS", "REPORT", "CHART"):
         del settings[own]
     return known | first.environment | settings
 
@@ -75,10 +76,15 @@ def kl_change(r: Result, base: Result) -> str:
     return "less" if high < least else "more" if low > most else "about the same"
 
 
+def names_of(files: list[str]) -> list[str]:
+    """What files are called: shortly, if that tells them apart."""
+    names = [Path(file).stem for file in files]
+    return names if len(set(names)) == len(names) else files
+
+
 def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
     """What differs between saved files, and a table of their results."""
-    names = [Path(file).stem for file in files]
-    names = [escape(name) for name in (names if len(set(names)) == len(names) else files)]
+    names = [escape(name) for name in names_of(files)]
     facts = [file_facts(b) for b in benchmarks]
     lines = []
     rows = []
@@ -115,8 +121,8 @@ def files_report(files: list[str], benchmarks: list[Benchmark]) -> list[Any]:
     return ["[bold]# Saved results, and what differs between them[/]", "", *lines, "", *parts]
 
 
-def show(files: list[str], picture: str | None = None) -> int:
-    """Report saved results: one file as it was printed, several as one table; also as a picture."""
+def show(files: list[str], picture: str | None = None, chart: str | None = None) -> int:
+    """Report saved results: one file as it was printed, several as one table; also as pictures."""
     benchmarks = []
     for file in files:
         try:
@@ -129,5 +135,7 @@ def show(files: list[str], picture: str | None = None) -> int:
     parts = report(benchmarks[0]) if len(files) == 1 else files_report(files, benchmarks)
     render(parts, sys.stdout)
     problems = save_report(parts, picture, " ".join(["python qwquanto.py --show", *files]))
-    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    problems += save_chart(names_of(files), benchmarks, chart)
+    for problem in problems:
+        print(f"qwquanto: {problem}", file=sys.stderr)
     return len(problems)

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -124,6 +125,13 @@ class Settings:
             "a file that can be written, and ends in .svg or .html",
         )
     )
+    chart: str | None = field(
+        default=None,
+        metadata=rule(
+            lambda v: v is None or (v.endswith((".svg", ".png")) and is_writable(v)),
+            "a file that can be written, and ends in .svg or .png",
+        ),
+    )
 
 
 def convert(text: str, kind: str) -> Any:
@@ -201,6 +209,8 @@ def check(s: Settings) -> list[str]:
             right = False
         if not right:
             problems.append(f"{f.name.upper()} must be {f.metadata['allowed']}, not {value!r}")
+    if s.chart and importlib.util.find_spec("matplotlib") is None:  # an option: only who asks needs it
+        problems.append("CHART is drawn by matplotlib, which this Python lacks: pip install matplotlib")
     return problems
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from results import BENCHMARKS, comparison, piped
+from results import BENCHMARKS, comparison, piped, text
 
 from _qwquanto import console
 from _qwquanto.console import save_report
@@ -24,3 +24,13 @@ def test_pages_and_pictures_whatever_the_locale(tmp_path, monkeypatch):
     for name, sign in (("x.svg", "<svg"), ("x.html", "<!DOCTYPE html>")):
         save_report(report(BENCHMARKS["single"]), str(tmp_path / name), "title")
         assert sign in (tmp_path / name).read_text(encoding="utf-8")
+
+
+def test_bars_are_in_eighths_of_a_cell_and_no_figure_is_without():
+    values = [32.0, 31.0, 8.0, 2.6, 0.001, None, 0.0]
+    cells = text(console.bars(values, ["x"] * 7, 32.0)).splitlines()
+    assert [cell[:4] for cell in cells] == ["████", "███▉", "█   ", "▍   ", "▏   ", "    ", "    "]
+    assert all(cell[4:] == " x" for cell in cells)
+    steps = console.bars([*map(float, range(1, 9)), 32.0], ["x"] * 9)
+    assert "".join(cell[0] for cell in text(steps).splitlines()) == "▏▎▍▌▋▊▉██"
+    assert console.bars([32.0, 31.0], ["a", "bc"], 32.0) == ["[green]████[/]  a", "[cyan]███▉[/] bc"]

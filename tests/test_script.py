@@ -99,14 +99,17 @@ def test_no_network_ends_in_one_readable_message(script, tmp_path):
 # ------------------------------------------------------------------------------------------------ comparison
 
 
-def test_comparison_of_every_precision(script, tiny):
+def test_comparison_of_every_precision(script, tiny, tmp_path):
     """int8 keeps the sentence, int2 breaks it: as the quality says, and as the texts show."""
     tokens = 70  # the sentence is shorter: its end must not end a run
     ended = script(
         model_name=tiny, question=QUESTION, compare=("int2", "int4", "int8", "float8", "none"),
-        compare_tokens=tokens, quality_tokens=40,
+        compare_tokens=tokens, quality_tokens=40, chart=tmp_path / "x.svg",
     )  # fmt: skip
     assert ended.code == 0, ended.err
+    chart = (tmp_path / "x.svg").read_text(encoding="utf-8")
+    assert all(f">{text}</text>" in chart for text in ("bf16", "int2", "reference", "kept", "broken"))
+    assert ">python qwquanto.py --results" in chart
     found = {r["settings"]["weights"] or "none": r for r in ended.results}
     assert list(found) == ["none", "int8", "float8", "int4", "int2"]
     for r in found.values():
