@@ -186,7 +186,7 @@ def test_quanto_as_shipped_is_left_as_shipped():
         sys.path.insert(0, {str(ROOT)!r})
         from optimum.quanto.library import qbytes_mm
         from _qwquanto.worker.quanto import patch_quanto
-        patch_quanto(leave_kernels=True)
+        patch_quanto(as_shipped=True)
         print(hasattr(qbytes_mm, "shipped"))
         patch_quanto()
         print(hasattr(qbytes_mm, "shipped"))
