@@ -64,8 +64,8 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     greedy answer    to the question, up to 64 tokens: how many of the reference's first ones are the same
     the floor        KL of the reference's compiled step against the reference itself: rounding
     speed-up         a median decode rate over the unquantized model's, both eager or both compiled
-    yardstick        seconds of a fixed job of small products, before, between and after the runs (in the JSON
-                     host_s): how fast the host was meanwhile
+    yardstick        seconds of a fixed job of small operations, before, between and after the runs (host_s in
+                     the JSON): how fast the host was meanwhile
 
 Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one
 reads every weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.

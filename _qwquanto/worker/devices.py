@@ -126,19 +126,21 @@ def throttle_reasons(handles: dict[str, Any]) -> set[str]:
 def host_yardstick(device: str) -> Callable[[], float]:
     """A function that takes the seconds of a fixed job, which tell how fast the host of a device is now.
 
-    Products of a vector and a matrix, as in decode: on a CPU all threads work on each, on a GPU they are so
-    small that calling them from Python is what takes the time. Some 50 ms: less fits between two turns of
-    another program, and does not feel it.
+    As in decode: a product of a vector and a matrix, which all threads of a CPU share, and many small
+    operations after it, whose calls from Python take the time. Of three jobs tried on a busy CPU, rates
+    followed this one best. Some 40 ms: less fits between two turns of another program.
     """
-    size, times = (1024, 400) if device == "cpu" else (256, 4000)
-    vector = torch.ones(1, size, device=device)
-    matrix = torch.ones(size, size, device=device)
+    functional = torch.nn.functional
+    vector, matrix = torch.ones(1, 1024, device=device), torch.ones(1024, 1024, device=device)
 
     def seconds() -> float:
         synchronize([device])
         begin = time.perf_counter()
-        for _ in range(times):
-            torch.nn.functional.linear(vector, matrix)
+        for _ in range(250):
+            x = functional.linear(vector, matrix)
+            for _ in range(2):
+                x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1)
+                x = functional.silu(x) + functional.softmax(x, -1)
         synchronize([device])
         return time.perf_counter() - begin
 
