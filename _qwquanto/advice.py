@@ -180,8 +180,9 @@ def compiled_advice(best: Result, candidates: list[Result]) -> str:
     timed = [r for r in timed if not (q := r.compiled.quality) or kl_interval(q)[0] <= KL_KEPT]
     if best not in timed:
         return ""
-    other = smallest(fastest_of(timed, compiled_rate, compiled_interval), compiled_rate)
-    if other is best:
+    fastest = fastest_of(timed, compiled_rate, compiled_interval)
+    other = smallest(fastest, compiled_rate)
+    if best in fastest and best.weight_bytes <= 1.01 * other.weight_bytes:  # perhaps as fast, and no larger
         return ""
     rates = f"{format_3g(compiled_rate(other))} tokens/s, {best.label} {format_3g(compiled_rate(best))}"
     return f" In this script's compiled step take {other.label}: {rates}."
