@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import statistics
 from collections.abc import Iterable
@@ -174,6 +173,14 @@ def bandwidth_ratio(r: Result, base: Result) -> float:
     return max(ratios, key=lambda x: abs(math.log(x)), default=1.0)
 
 
+def memory_share(*utilizations: float | None) -> float:
+    """The part of a step's time that its memory can take, for what a faster memory can change of it.
+
+    MBU is a lower bound of it (no cache, and memory at its best): twice the larger one, at most all of it.
+    """
+    return 1.0 if None in utilizations else min(1.0, 2 * max(utilizations))
+
+
 def speed_interval(
     r: Result, base: Result, compiled: bool = False, same_machine: bool = True
 ) -> tuple[float, float] | None:
@@ -193,7 +200,8 @@ def speed_interval(
         return ratio_interval(*(one.runs for one in measured), between)
     replayed = compiled and all(one.replayed for one in measured)
     host_s = ([], []) if replayed else tuple(one.host_s for one in measured)
-    return ratio_interval(*(one.runs for one in measured), between, bandwidth_ratio(r, base), host_s)
+    memory = bandwidth_ratio(r, base) ** memory_share(*(one.bandwidth_utilization for one in measured))
+    return ratio_interval(*(one.runs for one in measured), between, memory, host_s)
 
 
 def is_about_one(interval: tuple[float, float] | None) -> bool:
@@ -263,30 +271,6 @@ def pace(runs: list[Run]) -> tuple[float, float] | None:
     gaps = [r.inter_token_s for r in runs if len(r.inter_token_s) >= LONG_ANSWER_TOKENS - 1]
     tenths = [(g[: len(g) // 10], g[-(len(g) // 10) :]) for g in gaps]
     return tuple(statistics.median(len(t[i]) / sum(t[i]) for t in tenths) for i in (0, 1)) if tenths else None
-
-
-def is_warming_up(rates: list[float]) -> bool:
-    """Whether the first runs were slower because they were the first: never of two runs.
-
-    Either the first run alone is a tenth slower than all others, which agree; or each run is faster than the
-    one before. Three noisy runs rise by chance one time in six: of three, each step must be a large one.
-    """
-    if len(rates) < 3:
-        return False
-    first, *others = rates
-    agree = statistics.stdev(others) < UNSTABLE * statistics.fmean(others)
-    least = UNSTABLE if len(rates) == 3 else 0.01
-    rises = all(b > (1 + least) * a for a, b in itertools.pairwise(rates))
-    return (agree and first < 0.9 * min(others)) or (rises and rates[-1] > (1 + UNSTABLE) * first)
-
-
-def slows_with_context(runs: list[Run]) -> bool:
-    """Whether decode slows by a tenth within each of two or more long answers, and in all of them alike.
-
-    A busy machine slows each run elsewhere.
-    """
-    falls = [last / first for first, last in filter(None, (pace([run]) for run in runs))]
-    return len(falls) > 1 and max(falls) < 0.9 and max(falls) < 1.1 * min(falls)
 
 
 def gpu_share(r: Result) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 from _qwquanto.advice import advice
@@ -17,11 +18,9 @@ from _qwquanto.stats import (
     gpu_share,
     is_about_one,
     is_float32,
-    is_warming_up,
     kl_interval,
     pace,
     rates_over_shared_prefix,
-    slows_with_context,
     speed_interval,
 )
 from _qwquanto.text import format_3g, gib, kl_text, percent, plural
@@ -69,9 +68,10 @@ def warnings_for(r: Result) -> list[str]:
         found.append("Every answer ended at its first token: a chat model wants --chat.")
     if r.is_reference and r.greedy_answer == "":
         found.append("The greedy answer is empty" + ("." if s.chat else ": a chat model wants --chat."))
-    found += instability("eager", r.runs, bool(s.compare), (gpu_share(r) or 1) < HOST_BOUND)
+    paced_by_host = (gpu_share(r) or 1) < HOST_BOUND
+    found += instability("eager", r.runs, bool(s.compare), r.host_s, paced_by_host)
     if r.compiled:
-        found += instability("compiled", r.compiled.runs, bool(s.compare))
+        found += instability("compiled", r.compiled.runs, bool(s.compare), r.compiled.host_s)
         if r.compiled.recompilations:
             found.append(f"The timed runs include {plural(r.compiled.recompilations, 'recompilation')}.")
     found += throttling("eager", r.throttled) + throttling("compiled", r.compiled and r.compiled.throttled)
@@ -87,8 +87,48 @@ def throttling(kind: str, shares: dict[str, float] | None) -> list[str]:
     return [f"The GPU was slowed down during the {kind} runs by {reasons}: cool it, or raise its limit."]
 
 
-def instability(kind: str, runs: list[Run], same_work: bool, host_bound: bool = False) -> list[str]:
-    """What is unsteady about some runs, and whether that could be judged at all."""
+def is_warming_up(rates: list[float]) -> bool:
+    """Whether the first runs were slower because they were the first: never of two runs.
+
+    Either the first run alone is a tenth slower than all others, which agree; or each run is faster than the
+    one before. Three noisy runs rise by chance one time in six: of three, each step must be a large one.
+    """
+    if len(rates) < 3:
+        return False
+    first, *others = rates
+    agree = statistics.stdev(others) < UNSTABLE * statistics.fmean(others)
+    least = UNSTABLE if len(rates) == 3 else 0.01
+    rises = all(b > (1 + least) * a for a, b in itertools.pairwise(rates))
+    return (agree and first < 0.9 * min(others)) or (rises and rates[-1] > (1 + UNSTABLE) * first)
+
+
+def beside_one_host(rates: list[float], host_s: list[float]) -> list[float]:
+    """The runs' rates times the yardstick's seconds around each: steady where the host alone was not.
+
+    The rates themselves where the yardsticks are not one more than the rates: before, between and after them.
+    """
+    if len(host_s) != len(rates) + 1:
+        return rates
+    around = [statistics.fmean(pair) for pair in itertools.pairwise(host_s)]
+    return [rate * seconds for rate, seconds in zip(rates, around, strict=True)]
+
+
+def slows_with_context(runs: list[Run]) -> bool:
+    """Whether decode slows by a tenth within each of two or more long answers, and in all of them alike.
+
+    A busy machine slows each run elsewhere.
+    """
+    falls = [last / first for first, last in filter(None, (pace([run]) for run in runs))]
+    return len(falls) > 1 and max(falls) < 0.9 and max(falls) < 1.1 * min(falls)
+
+
+def instability(
+    kind: str, runs: list[Run], same_work: bool, host_s: list[float] = (), paced_by_host: bool = False
+) -> list[str]:
+    """What is unsteady about some runs, and whether that could be judged at all.
+
+    `host_s`: the yardstick before, between and after them, for what the host did meanwhile.
+    """
     found, variation = [], coefficient_of_variation(runs)
     if same_work and any(run.stop_reason == "time" for run in runs):
         found.append(f"The {kind} runs were ended by MAX_SECONDS, short of COMPARE_TOKENS.")
@@ -98,11 +138,14 @@ def instability(kind: str, runs: list[Run], same_work: bool, host_bound: bool = 
         )
         return found + [unknown] * (len(runs) > 1)
     (rates,) = rates_over_shared_prefix(runs)
-    if is_warming_up(rates):
+    even = beside_one_host(rates, host_s)
+    if is_warming_up(rates) and is_warming_up(even):
         found.append(f"The {kind} runs are still warming up, each faster than before: more WARMUP_RUNS.")
     elif variation > UNSTABLE:
         # no figure in the text (the table has it): precisions with the same warning share a line
-        why = "the host, which sets the pace, is not steady." if host_bound else "is the machine busy?"
+        explained = statistics.stdev(even) / statistics.fmean(even) < variation / 2
+        of_host = paced_by_host or explained
+        why = "the host, which sets the pace, is not steady." if of_host else "is the machine busy?"
         found.append(f"The {kind} runs' rates differ by over {100 * UNSTABLE:.0f} % (s.d.): {why}")
     # never of three runs, whose extremes are at most 2 s.d. apart
     if rates[0] - rates[-1] > max(2 * variation, UNSTABLE) * statistics.fmean(rates):

@@ -178,6 +178,21 @@ def test_graphs_that_are_replayed_do_not_wait_for_the_host():
         assert [line[:14] for line in told] == ([] if replayed else ["Compiled runs:"])
 
 
+def test_memory_widens_by_the_part_of_a_step_that_it_can_take():
+    """A step that reads a tenth of what the memory delivers hardly gains by a faster one."""
+    pair = [
+        result(name, rates=(10, 10.01), memory_bytes_per_s={"cpu": speed}) for name, speed in
+        (("none", 2e10), ("int8", 4e10))
+    ]  # fmt: skip
+    widths = []
+    for share in (0.8, 0.5, 0.1, None):
+        base, r = (dataclasses.replace(x, bandwidth_utilization=share) for x in pair)
+        low, high = speed_interval(r, base)
+        widths.append(math.log(high / low))
+    assert widths[0] == pytest.approx(widths[1]) == pytest.approx(widths[3])
+    assert widths[0] - widths[2] == pytest.approx(0.8 * math.log(2))
+
+
 def test_memory_and_host_are_no_two_excuses_but_the_larger_one():
     base = result("none", (10, 10), host_s=[0.05] * 2)
     r = result("int8", (10, 10), host_s=[0.1] * 2, memory_bytes_per_s={"cpu": 1e10})  # half of base's

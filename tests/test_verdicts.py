@@ -24,12 +24,14 @@ from _qwquanto import stats
 from _qwquanto.claims import expectations
 from _qwquanto.report import alerts, expected_table, row_label
 from _qwquanto.results import Benchmark, to_json
-from _qwquanto.stats import is_warming_up, kl_interval, slows_with_context, speed_interval
+from _qwquanto.stats import kl_interval, speed_interval
 from _qwquanto.verdicts import (
     comparability_warnings,
     grave_warnings,
     instability,
+    is_warming_up,
     recommendation,
+    slows_with_context,
     warnings_for,
 )
 
@@ -329,6 +331,18 @@ def test_runs_that_are_still_warming_up(rates, warms):
     told = " ".join(instability("eager", runs(*rates), False))
     assert ("still warming up" in told) == warms
     assert not (warms and "busy" in told)
+
+
+def test_runs_that_rise_with_their_host_are_not_warming_up():
+    """Measured on a shared virtual machine with an H200: the yardstick fell as the rates rose."""
+    rising, host_s = runs(33.0, 38.5, 46.7), [0.0631, 0.0629, 0.0453, 0.0455]
+    (told,) = instability("eager", rising, False, host_s)
+    assert "the host, which sets the pace" in told
+    for steady in ([0.05] * 4, [0.05] * 3, []):  # of a host that was steady, or is not known
+        (told,) = instability("eager", rising, False, steady)
+        assert "still warming up" in told
+    (told,) = instability("eager", runs(10, 12, 10), False, [0.05] * 4)
+    assert "is the machine busy?" in told
 
 
 def slowing(rate, by, tokens=300):
