@@ -384,7 +384,8 @@ def interval_of(file, name, other, kind="runs"):
     logs = [[math.log(tokens / sum(x["inter_token_s"][:tokens])) for x in r["runs"]] for r in pair]
     within = [statistics.variance(log) / len(log) for log in logs]
     device = rows[name]["devices"][0].split(":")[0]
-    between = {("runs", "cpu"): 0.015, ("compiled", "cuda"): 0.009}.get((kind, device), 0.03)
+    known = {("runs", "cpu"): 0.015, ("runs", "cuda"): 0.07, ("compiled", "cuda"): 0.009}
+    between = known.get((kind, device), 0.03)
     error = sum(within) + 2 * between**2
     freedom = error**2 / sum(v**2 / (len(log) - 1) for v, log in zip(within, logs, strict=True))
     half = (t_quantile(freedom) if freedom < 200 else 1.96) * math.sqrt(error)
