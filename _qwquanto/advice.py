@@ -8,12 +8,13 @@ where bf16 did not run, the reference, which is the most precise one that did, a
 |---|---|---|
 | was not measured, or did not run | | the smallest candidate |
 | ran on other devices (spread over several) | not compared | the smallest candidate |
-| ran | one candidate is certainly the fastest | that one; where it is bf16, the smallest for less memory |
-| ran | several may be the fastest | the smallest of those; bf16, where that would not take less memory |
+| ran | one candidate certainly decodes fastest | that one; where it is bf16, the smallest for less memory |
+| ran | several may be the fastest | the smallest of those |
+| ran | as above, but bf16 took no more memory and may decode as fast, or is faster by 512+128 s | bf16 |
 | ran, and nothing else keeps its answers | | bf16 |
 
-A speed is certain where its 95 % interval excludes the others' (`speed_interval`). Speeds are eager ones,
-which a program of yours has; where those of the compiled step lead to another precision, it is named too.
+A decode speed is certain where its 95 % interval excludes the others' (`speed_interval`). Speeds are eager,
+as a program of yours has them; where those of the compiled step lead to another precision, it is named too.
 Memory is what the program took of the devices, see `device_peak`.
 """
 
@@ -56,9 +57,8 @@ def advice(results: list[Result], done: list[Result]) -> str:
         where = f"{base.label} ran on {', '.join(base.devices)}, so speeds are not compared"
         return f"{take(least)}: it keeps the answers {on}; {where}."
     candidates = [base, *(r for r in kept if r.devices == base.devices)]
-    best = smallest(fastest_of(candidates, eager_rate, speed_interval), eager_rate)
-    if best is not base and may_equal(base, best) and not takes_less(best, base):
-        best = base
+    worth = [r for r in candidates if r is base or is_worth_it(r, base)]
+    best = smallest(fastest_of(worth, eager_rate, speed_interval), eager_rate)
     line = take_base(base, least) if best is base else take_smaller(best, base)
     if best is not base and least is not best:
         line += f" Smaller still: {least.label} {weights_text(least)}, {both_ways(least, base)}."
@@ -107,6 +107,29 @@ def takes_less(r: Result, base: Result) -> bool:
     return ours < theirs if ours and theirs else r.weight_bytes < base.weight_bytes
 
 
+def question_s(r: Result) -> float | None:
+    """Seconds for a prompt of 512 tokens and an answer of 128, eager, by the rates of both.
+
+    Decoding is slower after a long prompt: its rate there counts, where it is known. A model that takes fewer
+    tokens has no such prompt.
+    """
+    rate = r.decode_after_prefill_tokens_per_s or decode_rate(r.runs)
+    if not rate or not r.prefill_tokens_per_s or r.prefill_tokens != 512:
+        return None
+    return 512 / r.prefill_tokens_per_s + 127 / rate
+
+
+def reads_slowly(r: Result, base: Result) -> bool:
+    """Whether a long question takes longer than with the unquantized model, however fast the decoding."""
+    ours, theirs = question_s(r), question_s(base)
+    return bool(ours and theirs and ours > theirs)
+
+
+def is_worth_it(r: Result, base: Result) -> bool:
+    """Whether a quantized model brings anything: less memory, or speed that its prompts do not cost again."""
+    return takes_less(r, base) or not (may_equal(base, r) or reads_slowly(r, base))
+
+
 def memory_text(r: Result) -> str:
     return f"{gib(memory_taken(r) or r.weight_bytes)} GiB"
 
@@ -129,7 +152,10 @@ def take_base(base: Result, least: Result) -> str:
     fits = (
         f"{gib(memory_taken(base) or base.weight_bytes)} of {gib(total)} GiB" if total else memory_text(base)
     )
-    if may_equal(least, base):
+    if not may_equal(base, least):  # it decodes faster
+        both = f"{format_3g(question_s(base))} s against {format_3g(question_s(least))}"
+        why = f"and is faster than {least.label} where prompts are long (512 + 128 tokens: {both})"
+    elif may_equal(least, base):
         spread = interval_text(speed_interval(least, base), format_3g).strip(" ()")
         why = f"and {least.label} is not certain to be faster" + f" ({spread} times)" * bool(spread)
     else:

@@ -6,6 +6,7 @@ import errno
 import sys
 from typing import Any
 
+from _qwquanto.advice import question_s
 from _qwquanto.answers import answers, comparison_quality
 from _qwquanto.chart import save_chart
 from _qwquanto.claims import expectations
@@ -148,22 +149,10 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     columns += ["x eager", "compile s"] if compiled else ["prefill tok/s", "512+128 s"]
     parts = table(speed_title(results, groups, compiled), [*columns, "MBU %"], rows)
     if not compiled:
-        return [*parts, "512+128 s: for 512 prompt tokens and 128 new ones, computed.", ""]
+        note = "512+128 s: for 512 prompt tokens and 128 new ones; computed, with slower decoding after them."
+        return [*parts, note, ""]
     single = any(len(r.runs) == 1 for r in results)
     return [*parts, "x eager rests on a single eager run.", ""] if single else parts
-
-
-def question_s(r: Result) -> float | None:
-    """Seconds for a prompt of 512 tokens and an answer of 128, eager, by the rates of both.
-
-    Decoding is slower after a long prompt: its rate there counts, where it is known.
-    """
-    rate = r.decode_after_prefill_tokens_per_s or decode_rate(r.runs)
-    if (
-        not rate or not r.prefill_tokens_per_s or r.prefill_tokens != 512
-    ):  # a shorter model has no such prompt
-        return None
-    return 512 / r.prefill_tokens_per_s + 127 / rate
 
 
 def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) -> str:
@@ -270,14 +259,15 @@ def cudnn_lines(results: list[Result]) -> list[str]:
     """What torch's choice of cuDNN's attention costs a program that leaves it on, where that was seen."""
     seen = [(r.label, r.cudnn_attention_s) for r in results if r.cudnn_attention_s]
     costs = [
-        f"{label} {format_3g(cost['first'], 0.001)} instead of {format_3g(cost['again'], 0.001)}"
+        f"{label} {format_3g(cost['first'], 0.001)}, repeated {format_3g(cost['again'], 0.001)}"
         for label, cost in seen
         if cost["first"] > CUDNN_PLANNING_RATIO * cost["again"]
     ]
     if not costs:
         return []
     line = "As shipped, torch plans cuDNN's attention anew at every context length that a process has not had"
-    line += f" before, ms a token: {'; '.join(costs)} (switched off here)."
+    line += f" before; ms a token, at a new length and at the same repeated: {'; '.join(costs)}."
+    line += " It is switched off here."
     return [line, "Your own program wants torch.backends.cuda.enable_cudnn_sdp(False)."]
 
 

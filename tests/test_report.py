@@ -129,7 +129,7 @@ def test_share_of_a_step_in_which_the_gpu_works():
 def test_what_cudnn_costs_is_told_where_it_costs():
     costs = {"first": 0.058, "again": 0.0221}
     told = " ".join(cudnn_lines([result("none", cudnn_attention_s=costs), result()]))
-    assert "bf16 58.0 instead of 22.1" in told and "enable_cudnn_sdp(False)" in told and "int8" not in told
+    assert "bf16 58.0, repeated 22.1" in told and "enable_cudnn_sdp(False)" in told and "int8" not in told
     assert cudnn_lines([result(cudnn_attention_s={"first": 0.0225, "again": 0.0221}), result()]) == []
 
 
