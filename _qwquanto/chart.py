@@ -125,6 +125,24 @@ def notes(names: list[str], benchmarks: list[Benchmark]) -> Iterator[str]:
             yield f"! {whose}random weights: the answers mean nothing"
 
 
+def remarks(sheet: Sheet, benchmarks: list[Benchmark]) -> list[str]:
+    """What a look at the picture leaves open."""
+    results = [r for b in benchmarks for r in b.results]
+    found = []
+    if any(text.get_text().startswith("→") for text in sheet.axes.texts):
+        found.append("→: ends outside the picture")
+    if any(r.compiled for r in results):
+        found.append("Pale: eager")
+    if any(r.devices == ["cpu"] for r in results):
+        found.append("RSS: of the whole process, with libraries and freed memory")
+    for b in benchmarks:
+        speeds = [min(r.memory_bytes_per_s.values()) for r in b.results if r.memory_bytes_per_s]
+        if speeds and max(speeds) > 1.1 * min(speeds):
+            span = f"{format_3g(min(speeds), 1e9)} to {format_3g(max(speeds), 1e9)} GB/s"
+            found.append(f"The memory delivered {span}, so limits of equal weights differ")
+    return list(dict.fromkeys(found))
+
+
 def footer(name: str, benchmark: Benchmark) -> list[str]:
     """Date, machine, versions and command of a file."""
     r = benchmark.described
@@ -138,9 +156,13 @@ def footer(name: str, benchmark: Benchmark) -> list[str]:
 # ------------------------------------------------------------------------------------------------ the picture
 
 
+def any_judged(results: list[Result]) -> bool:
+    return any(r.quality for r in results)
+
+
 def legend(sheet: Sheet, y: float, results: list[Result]) -> float:
     """What the colours mean, as far as they appear."""
-    if not any(r.quality for r in results):
+    if not any_judged(results):
         put(sheet, MARGIN, y, "The answers were not judged.", color=GREY)
         return y + 24
     meanings = {"reference": REFERENCE} | COLOURS | {"not judged": NOT_JUDGED}
@@ -177,16 +199,15 @@ def fill(sheet: Sheet, names: list[str], benchmarks: list[Benchmark]) -> float:
     peak = f"peak of {' or '.join(kinds) or 'memory'}"
     y = heading(sheet, y, "Memory", "weights, GiB: less is better", peak)
     y = bar_panel(sheet, y, memory)
-    said = "Whiskers: standard deviation of the runs"
-    if any(r.quality for r in results):
-        said += ", 95 % interval of KL"
+    said = ["Whiskers: standard deviation of the runs" + ", 95 % interval of KL" * any_judged(results)]
+    if any_judged(results):
         unit = "KL from the reference, nats: less is better"
         y = heading(sheet, y, "Answers", unit, "verdict", marked=False)
         sheet.right = WIDTH - MARGIN - widest(map(verdict, results)) - 16
         y = answers_panel(sheet, y, rows_of(answer), (KL_KEPT, KL_BROKEN), tuple(COLOURS))
 
     rule(sheet, y)
-    y = paragraph(sheet, y + 22, f"{said}.", color=GREY)
+    y = paragraph(sheet, y + 22, f"{'. '.join(said + remarks(sheet, benchmarks))}.", lines=5, color=GREY)
     for name, benchmark in zip(names, benchmarks, strict=True):
         for text in footer(name, benchmark):
             y = paragraph(sheet, y, text, lines=5, color=GREY)

@@ -6,7 +6,7 @@ May import `sheet` alone: what is drawn comes as plain figures, texts and colour
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from _qwquanto.sheet import (
@@ -27,6 +27,7 @@ from _qwquanto.sheet import (
 )
 
 BAR, GAP, ROW_GAP = 21, 4, 14  # a bar; between the bars of a row; between rows
+CAP = 9  # of a whisker, which looks like a minus without it
 FAR = 3  # times a panel's largest figure: a track that ends beyond leaves the picture, as an arrow says
 LEAST_KL = 1e-4  # nats: what is less stands at the left end of the axis
 
@@ -77,9 +78,11 @@ def mark(sheet: Sheet, x: float, y: float, height: float = BAR) -> None:
 
 
 def whisker(sheet: Sheet, y: float, begin: float, end: float) -> None:
-    """What a figure is uncertain by, with an edge that shows on dark bars."""
+    """What a figure is uncertain by: a line between two caps, with an edge that shows on dark bars."""
     for colour, thick in (("white", 3.0), (INK, 1.3)):
         line(sheet, (begin, end), (y, y), colour, thick)
+        for x in (begin, end):
+            line(sheet, (x, x), (y - CAP / 2, y + CAP / 2), colour, thick)
 
 
 def heading(sheet: Sheet, y: float, title: str, unit: str, column: str, marked: bool = True) -> float:
@@ -165,7 +168,7 @@ def draw_bar(sheet: Sheet, y: float, row: Row, bar: Bar, scale: float) -> None:
     box(sheet, left, y, end - left, BAR, bar.colour, alpha=0.5 if bar.kind == "eager" else 1)
     if half >= 3:
         whisker(sheet, y, max(left, end - half), end + half)
-    at = end + half + 8
+    at = end + half + (12 if half >= 3 else 8)
     if bar.track and reach <= sheet.right + 1:
         mark(sheet, reach, y)
         if at - 8 < reach < at + width(sheet, f"{bar.text} {words}") + 6:
@@ -189,11 +192,18 @@ def answers_panel(
     shown = [kl for _, answers in groups for a in answers if a.kl is not None for kl in (a.kl, *a.ends)]
     high = math.ceil(math.log10(max(2.0, *shown)))
     low = math.floor(math.log10(max(LEAST_KL, min(0.005, *shown))))
-    decade = (sheet.right - sheet.left) / (high - low)
+    judged = [a for _, answers in groups for a in answers if a.kl is not None]
 
-    def place(kl: float) -> float:
-        return sheet.left + decade * (math.log10(max(kl, 10.0**low)) - low)
+    def axis(low: int) -> Callable[[float], float]:
+        decade = (sheet.right - sheet.left) / (high - low)
+        return lambda kl: sheet.left + decade * (math.log10(max(kl, 10.0**low)) - low)
 
+    def free_spots(low: int) -> int:
+        place = axis(low)
+        return sum(spot(sheet, a, place, [*map(place, limits)])[1] for a in judged)
+
+    low = max((low, low - 1), key=free_spots)  # a decade more, if figures then stand off the limits
+    place = axis(low)
     first, second = map(place, limits)
     for x, zone, side in (
         (first - 8, zones[0], "right"),
@@ -218,9 +228,9 @@ def answers_panel(
 
 
 def draw_answer(
-    sheet: Sheet, y: float, answer: Answer, place: Callable[[float], float], limits: tuple[float, float]
+    sheet: Sheet, y: float, answer: Answer, place: Callable[[float], float], limits: Sequence[float]
 ) -> None:
-    """A row: KL as a dot with its interval, its figure beside it, off the limits if it can; the verdict."""
+    """A row: KL as a dot with its interval, its figure beside it; the verdict."""
     known = answer.kl is not None
     put(sheet, MARGIN, y, answer.label)
     put(sheet, WIDTH - MARGIN, y, answer.verdict, ha="right", color=INK if known else GREY)
@@ -230,11 +240,21 @@ def draw_answer(
     x, begin, end = map(place, (answer.kl, *answer.ends))
     whisker(sheet, y, begin, end)
     dot(sheet, x, y, answer.colour)
-    room = width(sheet, answer.text) + 8
-    right, left = max(end, x + 7) + 8, min(begin, x - 7) - room
+    at, _ = spot(sheet, answer, place, limits)
+    put(sheet, at, y, answer.text, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+
+
+def spot(
+    sheet: Sheet, answer: Answer, place: Callable[[float], float], limits: Sequence[float]
+) -> tuple[float, bool]:
+    """Where the figure of a KL stands, right of its dot or left, and whether it is off the limits there."""
+    x, begin, end = map(place, (answer.kl, *answer.ends))
+    used = width(sheet, answer.text)
+    right, left = max(end + 12, x + 15), min(begin - 12, x - 15) - used
 
     def is_free(at: float) -> bool:
-        return sheet.left <= at <= sheet.right - room and not any(at - 6 < x < at + room for x in limits)
+        struck = any(at - 6 < limit < at + used + 8 for limit in limits)
+        return sheet.left <= at <= sheet.right - used - 8 and not struck
 
-    look = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
-    put(sheet, left if is_free(left) and not is_free(right) else right, y, answer.text, **look)
+    free = [at for at in (right, left) if is_free(at)]
+    return (free or [right])[0], bool(free)
