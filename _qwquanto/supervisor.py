@@ -161,8 +161,10 @@ def run_worker(
         process, lines = start_worker(job, errors, stop, command)
         result, failure = follow(lines, Result(s), view, save)
         if not (failure or result.complete or result.failure):
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(EXIT_GRACE_S)
+            except subprocess.TimeoutExpired:  # the signal that ends it now is ours, and no lack of memory
+                failure = "its process closed its output and did not end, so it was ended"
         kill_group(process)
         code = process.wait()
         stop.process = None

@@ -93,6 +93,7 @@ HANGS = "time.sleep(3600)"
             f"step('run 2 of 2', timeout_s=1); {HANGS}",
             'said nothing for 1 s after "run 2 of 2", and was ended',
         ),
+        (f"os.close(1); {HANGS}", "its process closed its output and did not end, so it was ended"),
     ],
 )
 def test_what_was_measured_stands_however_a_worker_ends(end_of, last, failure):
