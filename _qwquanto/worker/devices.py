@@ -1,4 +1,9 @@
-"""Devices, their memory, bandwidth and energy, and how fast their host is now. torch, psutil and NVML."""
+"""Devices, their memory, bandwidth and energy, and how fast their host is now. torch, psutil and NVML.
+
+Another kind of device also concerns DEVICE's rule (settings), BETWEEN_PROCESSES (stats), `device_peak` and
+`context_that_fits` (fit), `untested` (verdicts), `generate` and `profile_a_step` (generation), `set_up`
+(measure) and INT4_ROWS (quanto).
+"""
 
 from __future__ import annotations
 
