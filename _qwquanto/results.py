@@ -67,7 +67,7 @@ class Compiled:
     seconds: float
     graphs: int
     recompilations: int = 0  # within timed runs
-    replayed: bool = False  # as CUDA graphs, whose pace is not the host's
+    step_s: float | None = None  # that the GPU needs for a step of CUDA graphs; None without graphs
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     host_s: list[float] = field(default_factory=list)  # before, between and after the runs
@@ -128,6 +128,7 @@ class Result:
     prefill_tokens_per_s: float | None = None
     prefill_rates: list[float] = field(default_factory=list)
     decode_after_prefill_tokens_per_s: float | None = None  # of the tokens after that prompt
+    decode_after_prefill_ratio: float | None = None  # that rate over one after the question, in turn with it
     is_reference: bool = False
     passages: list[Passage] = field(default_factory=list)  # the reference's, on which quality is judged
     greedy_answer: str | None = None
@@ -152,6 +153,11 @@ class Result:
     def timed_runs(self) -> list[Run]:
         """The runs that were asked for: the compiled step's under --compile, if there are any."""
         return (self.compiled and self.compiled.runs) or self.runs
+
+
+def reference_of(results: list[Result]) -> str:
+    """The name of the precision that the others' answers are held against."""
+    return next((r.label for r in results if r.is_reference), "the reference")
 
 
 @dataclass

@@ -297,6 +297,19 @@ class DecodeStep:
                 output = self.step(bucket)
             self.graphs[size] = graph, output
 
+    def replay_s(self, times: int = 20) -> float:
+        """Seconds that the GPU needs for a step: of replays in a row, none of which waits for the host."""
+        graph, _ = self.graphs[BUCKET_TOKENS]
+        self.position.fill_(BUCKET_TOKENS - 1)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()
+        start.record()
+        for _ in range(times):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / times
+
     def prompt_mask(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
         length = inputs_embeds.shape[1]
         return (self.places[: -(-length // BUCKET_TOKENS) * BUCKET_TOKENS] <= self.places[:length, None])[

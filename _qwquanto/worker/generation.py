@@ -198,28 +198,34 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
 def measure_prefill(bench: Bench, result: Result) -> None:
     """Tokens/s of prefill: random ids, three times after one that does not count; fewer if that is long.
 
-    Each goes on for some tokens, sampled as in the runs, where the model has room: decoding is slower after
-    a long prompt.
+    Each goes on for some tokens, sampled as in the runs, where the model has room, and so does the question
+    right after it: how much slower decoding is after a long prompt. Only in turn do the two tell that: a host
+    that is shared decodes at half its speed for seconds (int2, H200: 5.4 or 10.8 tokens/s, after either).
     """
     config = bench.model.config.get_text_config()
     rates = []
-    after = []  # decode tokens/s
+    after, ratios = [], []  # decode tokens/s; over those after the question
     longest = max_positions(config)
     tokens = min(PREFILL_TOKENS, longest - 1)
     options = generation_options(bench) | {"eos_token_id": None}
-    options["max_new_tokens"] = min(1 + TOKENS_AFTER_PREFILL, longest - tokens)
+    options["max_new_tokens"] = int(min(1 + TOKENS_AFTER_PREFILL, longest - tokens, bench.positions_left))
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
     begin = time.perf_counter()
     with peak_memory(bench.devices, bench.handles) as peak:
         while not rates or (len(rates) < 4 and time.perf_counter() - begin < PREFILL_S):
             title = f"prefill of {tokens} tokens"
             _, times, _ = generate(bench, title, prompt=ids, **options)
+            if not rates:  # before the question, which may be the longer one
+                result.memory["peak of prefill"] = peak()
             rates.append(tokens / times[0])
-            after.append((len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None)
-        result.memory["peak of prefill"] = peak()
+            if len(times) > 1:
+                after.append((len(times) - 1) / (times[-1] - times[0]))
+                _, times, _ = generate(bench, "decoding after the question", **options)
+                ratios.append(after[-1] * (times[-1] - times[0]) / (len(times) - 1))
     result.prefill_rates = rates[1:] or rates
     result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
     result.decode_after_prefill_tokens_per_s = median(after[1:] or after)
+    result.decode_after_prefill_ratio = median(ratios[1:] or ratios)
     save(result)
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from _qwquanto.channel import Failure, describe_error, log, save, step
-from _qwquanto.compiled.prepare import SCRIPT_STEP, graphs_compiled, max_positions, prepare_compiled_decode
+from _qwquanto.compiled.prepare import graphs_compiled, max_positions, prepare_compiled_decode
 from _qwquanto.results import Compiled, Result
 from _qwquanto.settings import Settings
 from _qwquanto.worker.checkpoint import check_checkpoint, download_model, load_tokenizer, token_ids
@@ -148,9 +148,8 @@ def measure_compiled(bench: Bench, result: Result, reference: Path | None) -> No
         begin = time.perf_counter()
         bench.compiled = prepare_compiled_decode(bench.model, longest)
         seconds = time.perf_counter() - begin
-        way = bench.compiled.way
-        replayed = way == SCRIPT_STEP and bench.prompt.device.type == "cuda"
-        result.compiled = Compiled(way, seconds, bench.compiled.graphs, replayed=replayed)
+        made = bench.compiled
+        result.compiled = Compiled(made.way, seconds, made.graphs, step_s=made.step_s)
         save(result)
     with step("running the compiled model"):
         result.compiled.warmup, graphs = warmup_runs(bench), graphs_compiled()

@@ -117,6 +117,31 @@ def test_a_step_reads_the_smallest_bucket_that_holds_its_token():
     assert replayed == [256, 256, 256, 512, 512, 768, 1024] and len(asked) == 1024
 
 
+def test_the_time_of_a_step_is_that_of_replays_in_a_row(monkeypatch):
+    """Between two events, in whose middle nobody waits; the first replay is outside of them."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("record")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0 * done.count("replay")  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    step = DecodeStep.__new__(DecodeStep)
+    step.position = torch.zeros(1, dtype=torch.long)
+    step.graphs = {256: (types.SimpleNamespace(replay=lambda: done.append("replay")), None)}
+    assert step.replay_s(times=4) == 0.01 / 4
+    assert done == ["replay", "record", *["replay"] * 4, "record", "wait"] and step.position.item() == 255
+
+
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 512])
 def test_a_prompt_sees_itself_and_nothing_behind(length):
     step = DecodeStep.__new__(DecodeStep)

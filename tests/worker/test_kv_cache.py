@@ -1,5 +1,6 @@
 """What the worker records of memory: the cache that was filled, a GPU before it is touched, the prefill."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pynvml
@@ -113,28 +114,57 @@ def test_prefill_has_a_peak_of_its_own(monkeypatch):
     monkeypatch.setattr(generation, "generate", lambda *_, **__: ([1], [0.5], 0.5))
     config = LlamaConfig(**SMALL)
     bench = Bench(settings(), model=SimpleNamespace(config=config), prompt=torch.ones(1, 5, dtype=torch.long))
+    bench.positions_left = 91
     result = Result(settings())
     measure_prefill(bench, result)
     assert result.memory["peak of prefill"]["rss"] > 0 and result.prefill_tokens == 95
 
 
-def test_decoding_after_a_long_prompt_has_a_rate_of_its_own(monkeypatch):
+def test_decoding_after_a_long_prompt_is_timed_in_turn_with_the_question(monkeypatch):
+    """On a host that halves its speed between two pairs the ratio within each is the same."""
     asked = []
 
-    def fake(bench, title, prompt, **options):
-        asked.append((prompt.shape[1], options["max_new_tokens"], options["eos_token_id"]))
+    def fake(bench, title, prompt=None, **options):
+        asked.append(((bench.prompt if prompt is None else prompt).shape[1], options["max_new_tokens"]))
         assert options["do_sample"] == bench.settings.do_sample, "a token is drawn as in the runs"
-        first, gap = 2.0, (4.0, 0.5, 0.5, 0.4)[len(asked) - 1]  # the first does not count
+        assert options["eos_token_id"] is None
+        slow = (4.0, 0.5, 0.5, 1.0)[(len(asked) - 1) // 2]  # the first pair does not count
+        first, gap = 2.0, slow * (0.8 if prompt is None else 1.0)
         return [], [first + i * gap for i in range(options["max_new_tokens"])], 0.0
 
-    monkeypatch.setattr(generation, "generate", fake)
-    for positions, expected in ((2048, 2.0), (516, 2.0), (96, None)):
+    for positions, rate, ratio in ((2048, 2.0, 0.8), (516, 2.0, 0.8), (96, None, None)):
         asked.clear()
+        monkeypatch.setattr(generation, "generate", fake)
         config = LlamaConfig(**SMALL | {"max_position_embeddings": positions})
         prompt = torch.ones(1, 5, dtype=torch.long)
+        made = Bench(settings(), model=SimpleNamespace(config=config), prompt=prompt)
+        made.positions_left = positions - 5
         result = Result(settings())
-        measure_prefill(Bench(settings(), model=SimpleNamespace(config=config), prompt=prompt), result)
-        assert result.decode_after_prefill_tokens_per_s == expected
+        measure_prefill(made, result)
+        assert result.decode_after_prefill_tokens_per_s == rate
+        assert result.decode_after_prefill_ratio == (ratio and pytest.approx(ratio))
         tokens = min(512, positions - 1)
-        assert asked == [(tokens, min(9, positions - tokens), None)] * 4
+        new = min(9, positions - tokens)
+        assert asked == ([(tokens, new), (5, new)] if ratio else [(tokens, new)]) * 4
         assert result.prefill_tokens_per_s == tokens / 2
+
+
+def test_a_question_longer_than_the_prompt_of_prefill_is_not_in_its_peak(monkeypatch):
+    """The peak is of the 512 tokens: what a token of context costs is computed from it."""
+    seen = []
+
+    def fake(bench, title, prompt=None, **options):
+        seen.append(prompt is None)
+        return [], [0.5, 1.0], 0.0
+
+    @contextlib.contextmanager
+    def peak_memory(*_):
+        yield lambda: {"cuda:0 allocated": 900 if any(seen) else 500}
+
+    monkeypatch.setattr(generation, "generate", fake)
+    monkeypatch.setattr(generation, "peak_memory", peak_memory)
+    made = Bench(settings(), model=SimpleNamespace(config=LlamaConfig(**SMALL)), positions_left=50)
+    made.prompt = torch.ones(1, 60, dtype=torch.long)
+    result = Result(settings())
+    measure_prefill(made, result)
+    assert any(seen) and result.memory["peak of prefill"] == {"cuda:0 allocated": 500}
