@@ -9,7 +9,7 @@ where bf16 did not run, the reference, which is the most precise one that did, a
 | was not measured, or did not run | | the smallest candidate |
 | ran on other devices (spread over several) | not compared | the smallest candidate |
 | ran | one candidate certainly decodes fastest | that one; where it is bf16, the smallest for less memory |
-| ran | several may be the fastest | the smallest of those |
+| ran | several may be the fastest | the smallest of those whose median is within a tenth of the fastest's |
 | ran | as above, but bf16 took no more memory and may decode as fast, or is faster by 512+128 s | bf16 |
 | ran, and nothing else keeps its answers | | bf16 |
 
@@ -22,11 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from _qwquanto.fit import device_peak, memory_taken
-from _qwquanto.results import Result
+from _qwquanto.fit import CARDS_GIB, context_text, context_that_fits, device_peak, memory_taken
+from _qwquanto.results import Result, reference_of
 from _qwquanto.settings import SHORT_DTYPES
 from _qwquanto.stats import (
     KL_KEPT,
+    SAME_SPEED_RATIO,
     answer_quality,
     decode_rate,
     is_about_one,
@@ -34,7 +35,7 @@ from _qwquanto.stats import (
     saving,
     speed_interval,
 )
-from _qwquanto.text import format_3g, gib, interval_text, percent
+from _qwquanto.text import format_3g, gib, interval_text, kl_text, percent
 
 Interval = tuple[float, float] | None
 
@@ -91,9 +92,10 @@ def smallest(candidates: list[Result], rate: Callable[[Result], float]) -> Resul
 def fastest_of(
     candidates: list[Result], rate: Callable[[Result], float], interval: Callable[[Result, Result], Interval]
 ) -> list[Result]:
-    """The fastest, and those that may be as fast."""
+    """The fastest, and those that may be as fast: by their interval, and by their median nearly."""
     fastest = max(candidates, key=rate)
-    return [r for r in candidates if r is fastest or (interval(r, fastest) or (0, 1))[1] >= 1]
+    near = [r for r in candidates if rate(r) * SAME_SPEED_RATIO >= rate(fastest)]
+    return [r for r in near if r is fastest or (interval(r, fastest) or (0, 1))[1] >= 1]
 
 
 def may_equal(r: Result, fastest: Result) -> bool:
@@ -110,10 +112,10 @@ def takes_less(r: Result, base: Result) -> bool:
 def question_s(r: Result) -> float | None:
     """Seconds for a prompt of 512 tokens and an answer of 128, eager, by the rates of both.
 
-    Decoding is slower after a long prompt: its rate there counts, where it is known. A model that takes fewer
-    tokens has no such prompt.
+    Decoding is slower after a long prompt: by what was measured in turn, where it is known. A model that
+    takes fewer tokens has no such prompt.
     """
-    rate = r.decode_after_prefill_tokens_per_s or decode_rate(r.runs)
+    rate = (decode_rate(r.runs) or 0) * (r.decode_after_prefill_ratio or 1)
     if not rate or not r.prefill_tokens_per_s or r.prefill_tokens != 512:
         return None
     return 512 / r.prefill_tokens_per_s + 127 / rate
@@ -164,8 +166,18 @@ def take_base(base: Result, least: Result) -> str:
     if not takes_less(least, base):
         keeps = f"{least.label} keeps the answers too ({both_ways(least, base)})"
         return f"{line} {keeps}, but took no less memory: {memory_text(least)}."
-    line += f" Where you have less than {memory_text(base)}: {least.label} keeps the answers and took"
-    return f"{line} {memory_text(least)}, {both_ways(least, base)}."
+    line += f" Where memory is short: {least.label} keeps the answers and took {memory_text(least)}"
+    return f"{line}{room_text(least, base)}, {both_ways(least, base)}."
+
+
+def room_text(r: Result, base: Result) -> str:
+    """The smallest common card on which a precision has room for more context than the unquantized model."""
+    for card in CARDS_GIB:
+        ours, theirs = (context_that_fits(one, card * 2**30) for one in (r, base))
+        if ours and theirs is not None and ours > theirs:
+            both = f"{context_text(r, ours)} tokens with it, {context_text(base, theirs)} with {base.label}"
+            return f" (a card of {card} GB has room for {both})"
+    return ""
 
 
 def take_smaller(best: Result, base: Result) -> str:
@@ -188,7 +200,6 @@ def without_base(results: list[Result], least: Result) -> str:
         why = f"{label} did not run here"
         if needed and total and needed > total:
             why = f"{label} does not fit ({gib(needed)} GiB of weights in {gib(total)} GiB)"
-    reference = next((r.label for r in results if r.is_reference), "the reference")
     figures = f"{gib(least.weight_bytes)} GiB of weights, {percent(saving(least))} % saved, decode"
     figures = f"({figures} {format_3g(eager_rate(least))} tokens/s)"
     if least.is_reference:
@@ -196,8 +207,23 @@ def without_base(results: list[Result], least: Result) -> str:
             f"It is the most precise one that ran {figures}; nothing smaller is certain to keep its answers."
         )
     else:
-        rest = f"It keeps {reference}'s answers {figures}."
-    return f"{take(least)}: {why}. {rest}"
+        rest = f"It keeps {reference_of(results)}'s answers {figures}."
+    return f"{take(least)}: {why}. {rest}{beside(results, least)}"
+
+
+def beside(results: list[Result], least: Result) -> str:
+    """What else there is where the unquantized model is not: as small a one, and smaller ones for less."""
+    alike, smaller = [], []
+    for r in results:
+        rate = decode_rate(r.runs)
+        if r is least or not (r.eager_complete and r.weight_bytes and rate):
+            continue
+        if r.weight_bytes < 0.99 * least.weight_bytes and answer_quality(r) in ("kept or changed", "changed"):
+            smaller.append(f"{r.label} ({gib(r.weight_bytes)} GiB, KL {kl_text(r.quality)})")
+        elif r.weight_bytes <= 1.01 * least.weight_bytes and (r.is_reference or answer_quality(r) == "kept"):
+            alike.append(f"{r.label} {format_3g(rate)}")
+    line = f" As small: {', '.join(alike)} tokens/s." if alike else ""
+    return line + (f" For longer contexts, with other answers: {', '.join(smaller)}." if smaller else "")
 
 
 def compiled_advice(best: Result, candidates: list[Result]) -> str:

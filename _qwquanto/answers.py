@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from _qwquanto.console import escape, table
-from _qwquanto.results import Quality, Result
+from _qwquanto.results import Quality, Result, reference_of
 from _qwquanto.stats import KL_BROKEN, KL_KEPT, answer_quality
 from _qwquanto.text import format_3g, kl_text, plural, row_label
-from _qwquanto.verdicts import reference_of
 
 
 def comparison_quality(results: list[Result]) -> list[Any]:
@@ -31,6 +30,7 @@ def comparison_quality(results: list[Result]) -> list[Any]:
     third = "KL p99" if perplexity is None else "perplexity"
     columns = ("weights", "KL nats", third, "same top token %", "answers")
     limits = f"This script's limits: kept up to a KL of {KL_KEPT}, changed up to {KL_BROKEN}, broken above."
+    limits += " KL p99: of the token that is worse than 99 % of them." * (perplexity is None)
     return [*table(quality_title(results, judged), columns, rows), limits, *compiled_quality(results), ""]
 
 

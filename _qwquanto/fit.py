@@ -12,6 +12,7 @@ from _qwquanto.stats import peak_bytes
 
 USABLE = 0.95  # of a card: the rest is the driver's and the screen's
 LEAST_TOKENS = 256  # of a context that is worth being called one
+CARDS_GIB = (8, 12, 16, 24)  # common sizes
 
 
 def device_peak(r: Result, phase: str = "peak of runs") -> int | None:
@@ -74,3 +75,11 @@ def context_that_fits(r: Result, card_bytes: float) -> int | None:
     room = usable - (peak - r.kv_bytes_per_token * context_of_runs(r))
     tokens = min(int(max(0, room) / per_token), r.max_positions or math.inf)
     return tokens if tokens >= LEAST_TOKENS and (device_peak(r, "peak of load") or 0) <= usable else 0
+
+
+def context_text(r: Result, tokens: int) -> str:
+    """Tokens of context, rounded down to two digits: "12,000", "all 32,768" of the model's, or "none"."""
+    if tokens and tokens == r.max_positions:
+        return f"all {tokens:,}"
+    step = 10 ** max(0, len(str(tokens)) - 2)
+    return f"{tokens // step * step:,}" if tokens else "none"

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from _qwquanto.console import bars, table
-from _qwquanto.fit import context_that_fits, device_peak, tensor_peak
+from _qwquanto.fit import CARDS_GIB, context_text, context_that_fits, device_peak, tensor_peak
 from _qwquanto.results import Result
 from _qwquanto.stats import saving
 from _qwquanto.text import format_3g, gib, mib, percent, plural, row_label
-
-CARDS_GIB = (8, 12, 16, 24)  # common sizes
 
 
 def memory_table(r: Result) -> list[Any]:
@@ -50,15 +48,10 @@ def comparison_memory(results: list[Result]) -> list[Any]:
     on_cpu = all(r.devices == ["cpu"] for r in results if r.memory)
     what = "the whole process (RSS)" if on_cpu else "what the program took of the device"
     title = "Memory in GiB" + f"; peak: {what} in eager runs" * any(peaks)
+    title += "; tensors: torch's part of it" * any(tensors)
     parts = table(title, [*columns, "load s"], rows)
     lines = cache_line(results) + fit_line(results) + process_lines(results)
     return [*parts, *lines, *[""] * bool(lines)]
-
-
-def round_down(tokens: int) -> str:
-    """Two significant digits: "12,000"."""
-    step = 10 ** max(0, len(str(tokens)) - 2)
-    return f"{tokens // step * step:,}"
 
 
 def fit_on(card: int, results: list[Result]) -> str | None:
@@ -68,9 +61,7 @@ def fit_on(card: int, results: list[Result]) -> str | None:
         tokens = context_that_fits(r, card * 2**30)
         if tokens is None:
             continue
-        text = round_down(tokens) if tokens else "none"
-        whole = tokens and tokens == r.max_positions
-        groups.setdefault(f"all {tokens:,}" if whole else text, []).append(r.label)
+        groups.setdefault(context_text(r, tokens), []).append(r.label)
     return "; ".join(f"{', '.join(labels)} {text}" for text, labels in groups.items()) or None
 
 

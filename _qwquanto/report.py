@@ -150,6 +150,7 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     parts = table(speed_title(results, groups, compiled), [*columns, "MBU %"], rows)
     if not compiled:
         note = "512+128 s: for 512 prompt tokens and 128 new ones; computed, with slower decoding after them."
+        note += " MBU: the weights' share of the memory's bandwidth."
         return [*parts, note, ""]
     single = any(len(r.runs) == 1 for r in results)
     return [*parts, "x eager rests on a single eager run.", ""] if single else parts

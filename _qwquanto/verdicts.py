@@ -6,7 +6,7 @@ import itertools
 import statistics
 
 from _qwquanto.advice import advice
-from _qwquanto.results import Result, Run
+from _qwquanto.results import Result, Run, reference_of
 from _qwquanto.stats import (
     KL_KEPT,
     MIN_RATE_TOKENS,
@@ -22,6 +22,7 @@ from _qwquanto.stats import (
     pace,
     rates_over_shared_prefix,
     speed_interval,
+    waits_for_host,
 )
 from _qwquanto.text import format_3g, gib, kl_text, percent, plural
 
@@ -71,7 +72,8 @@ def warnings_for(r: Result) -> list[str]:
     paced_by_host = (gpu_share(r) or 1) < HOST_BOUND
     found += instability("eager", r.runs, bool(s.compare), r.host_s, paced_by_host)
     if r.compiled:
-        found += instability("compiled", r.compiled.runs, bool(s.compare), r.compiled.host_s)
+        waits = r.compiled.step_s is not None and waits_for_host(r.compiled)
+        found += instability("compiled", r.compiled.runs, bool(s.compare), r.compiled.host_s, waits)
         if r.compiled.recompilations:
             found.append(f"The timed runs include {plural(r.compiled.recompilations, 'recompilation')}.")
     found += throttling("eager", r.throttled) + throttling("compiled", r.compiled and r.compiled.throttled)
@@ -173,12 +175,11 @@ def comparability_warnings(results: list[Result]) -> list[str]:
             span = f"{format_3g(min(speeds), 1e9)} to {format_3g(max(speeds), 1e9)} GB/s"
             found.append(f"Memory of {device} delivered {span}: the intervals of speeds are widened by it.")
     for kind in ("eager", "compiled"):
-        if any(r.compiled and r.compiled.replayed for r in results) and kind == "compiled":
-            continue
         measured = {r.label: r if kind == "eager" else r.compiled for r in results}
-        seconds = {
-            k: statistics.geometric_mean(one.host_s) for k, one in measured.items() if one and one.host_s
-        }
+        measured = {label: one for label, one in measured.items() if one and one.host_s}
+        if not any(map(waits_for_host, measured.values())):
+            continue
+        seconds = {label: statistics.geometric_mean(one.host_s) for label, one in measured.items()}
         if seconds and max(seconds.values()) > 1.1 * min(seconds.values()):
             slow, fast = max(seconds, key=seconds.get), min(seconds, key=seconds.get)
             times = f"{format_3g(seconds[slow] / seconds[fast])} times as slow beside {slow} as beside {fast}"
@@ -195,11 +196,6 @@ def untested(r: Result) -> list[str]:
         return []
     last = ", ".join(f"{name} {version}" for name, version in GPU_TESTED.items())
     return [f"This script's GPU tests last ran with {last}; other versions have run on CPUs only."]
-
-
-def reference_of(results: list[Result]) -> str:
-    """The name of the precision that the others' answers are held against."""
-    return next((r.label for r in results if r.is_reference), "the reference")
 
 
 def recommendation(results: list[Result]) -> list[str]:
@@ -227,9 +223,13 @@ def recommendation(results: list[Result]) -> list[str]:
         smallest = min(done, key=lambda r: r.weight_bytes)
         lines.append(f"Smallest: {smallest.label} ({gib(smallest.weight_bytes)} GiB).")
     lines = [line for line in lines if line]
-    for said in dict.fromkeys(answer_quality(r) for r in done):
-        if said not in ("kept", "–"):
-            lines[-1] += f" Answers {said}: {', '.join(r.label for r in done if answer_quality(r) == said)}."
+    worse: dict[str, list[str]] = {}
+    for r in done:
+        if (said := answer_quality(r)) not in ("kept", "–"):
+            worse.setdefault(said, []).append(r.label)
+    if worse:
+        each = "; ".join(f"{', '.join(labels)} {said}" for said, labels in worse.items())
+        lines[-1] += f" Answers against {reference_of(results)}'s: {each}."
     unsteady = [r.label for r in done if (coefficient_of_variation(r.runs) or 0) > UNSTABLE]
     if unsteady:
         lines.append(f"[bold yellow]Unsteady: the speed of {', '.join(unsteady)}, see below.[/]")
@@ -247,7 +247,7 @@ def fastest(done: list[Result], compiled: bool) -> str:
         return ""
     first, *others = ranked
     speeds = ", ".join(f"{r.label} {format_3g(rates[r.label])}" for r in ranked)
-    line = f"{'Compiled' if compiled else 'Eager'}: {speeds} tokens/s"
+    line = f"{'Compiled' if compiled else 'Eager'} decode: {speeds} tokens/s"
     intervals = {r.label: speed_interval(r, first, compiled) for r in others}
     rivals = {name: interval for name, interval in intervals.items() if not interval or interval[1] >= 1}
     names = [first.label, *rivals]

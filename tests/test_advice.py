@@ -5,6 +5,7 @@ from dataclasses import replace
 from results import GIB, compiled, on_gpu, quality, result, runs
 
 from _qwquanto.advice import advice
+from _qwquanto.memory import fit_line
 from _qwquanto.results import Result
 from _qwquanto.stats import BETWEEN_PROCESSES, speed_interval
 from _qwquanto.text import format_3g
@@ -19,9 +20,20 @@ def test_bf16_that_fits_and_is_faster_is_taken():
     int8.prefill_tokens_per_s = 3.5 * base.prefill_tokens_per_s
     assert told(base, int8) == (
         "[bold green]Take bf16[/]: it fits (2.75 of 80.0 GiB) and is 1.82 times as fast as int8."
-        " Where you have less than 2.75 GiB: int8 keeps the answers and took 1.85 GiB,"
+        " Where memory is short: int8 keeps the answers and took 1.85 GiB,"
         " decode 0.550 times, prompts 3.50 times bf16's speed."
     )
+
+
+def test_what_a_smaller_card_gains_by_a_smaller_model_is_said():
+    """The peak of a short context is no limit: what counts is the context that a card has room for."""
+    base, int8 = on_gpu("none", (20, 20), stored=6 * GIB), on_gpu("int8", (11, 11), 0.004, 3 * GIB)
+    (on_8,) = fit_line([base, int8])
+    assert "8 GB: bf16 8,000; int8 all 32,768." in on_8
+    text = "took 3.75 GiB (a card of 8 GB has room for all 32,768 tokens with it, 8,000 with bf16), decode"
+    assert text in told(base, int8)
+    base, int8 = on_gpu("none", (20, 20), stored=9 * GIB), on_gpu("int8", (11, 11), 0.004, 5 * GIB)
+    assert " tokens with it, none with bf16), " in told(base, int8)
 
 
 def test_a_precision_that_is_faster_is_taken():
@@ -42,7 +54,9 @@ def test_of_those_that_may_be_the_fastest_the_smallest_is_taken(monkeypatch):
     near = on_gpu("int8", (19.8, 20), 0.004, int(1.1 * GIB))
     noisy = on_gpu("int8", (8, 18), 0.004, int(1.1 * GIB))
     assert "Take int8" in told(base, near) and "; about as fast (" in told(base, near)
-    assert "Take int8" in told(base, noisy) and "which decodes faster is not certain" in told(base, noisy)
+    assert "Take bf16" in told(base, noisy) and "int8 is not certain to be faster" in told(base, noisy)
+    quick = on_gpu("int8", (16, 36), 0.004, int(1.1 * GIB))
+    assert "Take int8" in told(base, quick) and "which decodes faster is not certain" in told(base, quick)
 
 
 def test_what_saves_no_memory_is_not_taken_for_it():
@@ -60,8 +74,8 @@ def test_what_saves_no_memory_is_not_taken_for_it():
     faster = replace(int8, runs=runs(30, 30))
     assert "Take int8" in told(base, faster), "it is faster"
     # as SmolLM2's int8 on a CPU: faster decoding, slow prompts, more memory
-    slow = replace(faster, prefill_tokens_per_s=50.0, decode_after_prefill_tokens_per_s=25.0)
-    base = replace(base, prefill_tokens_per_s=500.0, decode_after_prefill_tokens_per_s=20.0)
+    slow = replace(faster, prefill_tokens_per_s=50.0, decode_after_prefill_ratio=25 / 30)
+    base = replace(base, prefill_tokens_per_s=500.0)
     shown = told(base, slow)
     assert "Take bf16[/]: it fits (3.00 GiB) and is faster than int8 where prompts are long" in shown
     assert "(512 + 128 tokens: 7.37 s against 15.3)" in shown and "decode 1.50 times" in shown
@@ -77,8 +91,14 @@ def test_where_bf16_does_not_fit_the_smallest_that_keeps_the_answers_is_taken():
     assert told(failed, int8, int4) == (
         "[bold green]Take int8[/]: bf16 does not fit (2.00 GiB of weights in 1.90 GiB). It is the most"
         " precise one that ran (1.10 GiB of weights, 45.0 % saved, decode 11.0 tokens/s); nothing smaller is"
-        " certain to keep its answers."
+        " certain to keep its answers. For longer contexts, with other answers: int4 (0.700 GiB, KL 0.200"
+        " ±0.0001)."
     )
+    float8 = result("float8", (9, 9), 0.01, stored=int(1.1 * GIB), **fits)
+    four = told(failed, int8, float8, int4)
+    assert "is certain to keep its answers. As small: float8 9.00 tokens/s. For longer contexts" in four
+    broken = replace(int4, quality=quality(3.0, reference="int8"))
+    assert told(failed, int8, broken).endswith("certain to keep its answers.")
     close = replace(int4, quality=quality(0.01, reference="int8"))
     assert "Take int4[/]: bf16 does not fit" in told(failed, int8, close)
     assert "It keeps int8's answers (0.700 GiB of weights, 65.0 % saved" in told(failed, int8, close)

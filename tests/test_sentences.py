@@ -11,9 +11,11 @@ from _qwquanto.verdicts import GPU_TESTED, untested, warnings_for
 
 
 def test_a_long_question_is_computed_from_both_rates():
+    """Decoding at the rate of the runs, slowed down by what was measured beside it."""
     r = result("int8", (10, 10), prefill_tokens_per_s=256.0)
     assert question_s(r) == pytest.approx(2 + 12.7)
-    assert question_s(replace(r, decode_after_prefill_tokens_per_s=5.0)) == pytest.approx(2 + 25.4)
+    slowed = replace(r, decode_after_prefill_tokens_per_s=3.0, decode_after_prefill_ratio=0.5)
+    assert question_s(slowed) == pytest.approx(2 + 25.4)
     assert (
         question_s(replace(r, prefill_tokens_per_s=None)) is None and question_s(replace(r, runs=[])) is None
     )

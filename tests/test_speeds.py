@@ -40,6 +40,7 @@ from _qwquanto.stats import (
     ratio_interval,
     speed_interval,
     student_t,
+    waits_for_host,
 )
 from _qwquanto.verdicts import comparability_warnings, fastest, recommendation, warnings_for
 
@@ -163,19 +164,32 @@ def test_a_yardstick_that_scatters_says_less_and_widens_more():
     assert high == pytest.approx(t_quantile(freedom) * math.sqrt(error), rel=5e-3) == -low
 
 
-def test_graphs_that_are_replayed_do_not_wait_for_the_host():
-    """This script's step on CUDA; on a CPU, and in transformers' static cache, Python has its part."""
+def test_graphs_that_fill_a_tokens_time_do_not_wait_for_the_host():
+    """A large model's on CUDA. A small one's waits; on a CPU, and in a static cache, Python has its part."""
 
-    def measured(name, host_s, replayed):
-        step = compiled(20, 20, host_s=[host_s] * 2, replayed=replayed)
+    def measured(name, host_s, step_s):
+        step = compiled(20, 20, host_s=[host_s] * 2, step_s=step_s)  # a token takes 0.05 s
         return result(name, devices=["cuda:0"], compiled=step)
 
-    for replayed, widened in ((True, 1), (False, 2)):
-        quiet, busy = measured("none", 0.05, replayed), measured("int8", 0.1, replayed)
+    for step_s, widened in ((0.045, 1), (0.041, 1), (0.039, 2), (None, 2)):
+        quiet, busy = measured("none", 0.05, step_s), measured("int8", 0.1, step_s)
         alike = speed_interval(quiet, quiet, compiled=True)
         assert speed_interval(busy, quiet, compiled=True)[1] == pytest.approx(widened * alike[1])
         told = comparability_warnings([quiet, busy])
-        assert [line[:14] for line in told] == ([] if replayed else ["Compiled runs:"])
+        assert [line[:14] for line in told] == (["Compiled runs:"] if widened == 2 else [])
+    mixed = measured("none", 0.05, 0.045), measured("int8", 0.1, 0.02)
+    assert "Compiled runs:" in comparability_warnings(mixed)[0], "one of them waited"
+    assert waits_for_host(compiled(step_s=0.01)), "without a rate nothing is known"
+
+
+def test_a_small_models_unsteady_graphs_are_put_down_to_the_host():
+    unsteady = {"rates": (20, 20), "devices": ["cuda:0"]}
+    waiting = result(**unsteady, compiled=compiled(20, 28, 24, step_s=0.01))
+    (line,) = [text for text in warnings_for(waiting) if "compiled runs" in text]
+    assert line.endswith("the host, which sets the pace, is not steady.")
+    filled = result(**unsteady, compiled=compiled(20, 28, 24, step_s=0.04))
+    (line,) = [text for text in warnings_for(filled) if "compiled runs" in text]
+    assert line.endswith("is the machine busy?")
 
 
 def test_memory_widens_by_the_part_of_a_step_that_it_can_take():
@@ -244,7 +258,7 @@ def named(*made, compiled=False):
 
 def test_a_winner_is_named_only_if_its_interval_excludes_all_others():
     first, second = result("none", (20, 20)), result("int8", (10, 10))
-    assert named(first, second) == "Eager: bf16 20.0, int8 10.0 tokens/s; bf16 is the fastest."
+    assert named(first, second) == "Eager decode: bf16 20.0, int8 10.0 tokens/s; bf16 is the fastest."
     near = result("int4", (19.8, 20))
     assert named(first, second, near).endswith("; bf16 and int4 are about equal.")
     close = result("int4", (17, 18.5, 20.4))
@@ -267,8 +281,8 @@ def test_eager_and_compiled_have_a_line_each():
         result("int4", (26.5, 26.5), compiled=compiled(523, 523.1)),
     ]
     eager, step, smallest = recommendation(made)[1:4]
-    assert eager == "Eager: bf16 34.3, int4 26.5, int8 18.8 tokens/s; bf16 is the fastest."
-    assert step.startswith("Compiled: int4 523, int8 496, bf16 357 tokens/s; ")
+    assert eager == "Eager decode: bf16 34.3, int4 26.5, int8 18.8 tokens/s; bf16 is the fastest."
+    assert step.startswith("Compiled decode: int4 523, int8 496, bf16 357 tokens/s; ")
     assert smallest.startswith("Smallest: ")
     without = recommendation([replace(r, compiled=None) for r in made])
     assert not any("Compiled" in line for line in without)
@@ -391,7 +405,9 @@ def interval_of(file, name, other, kind="runs"):
     half = (t_quantile(freedom) if freedom < 200 else 1.96) * math.sqrt(error)
     center = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
     ends = [center - half, center + half]
-    if all(r["host_s"] and not r.get("replayed") for r in pair):
+    waits = [not r.get("step_s") or math.exp(statistics.median(log)) * r["step_s"] < 0.8 for r, log in
+             zip(pair, logs, strict=True)]  # fmt: skip
+    if all(r["host_s"] for r in pair) and any(waits):
         hosts = [[math.log(seconds) for seconds in r["host_s"]] for r in pair]
         more = [statistics.variance(log) / len(log) for log in hosts]
         terms = [*zip(within, logs, strict=True), *zip(more, hosts, strict=True)]
@@ -416,8 +432,8 @@ def test_a_reader_with_the_file_alone_comes_to_the_same_headline_and_verdict(mad
     (row,) = [line for line in text.splitlines() if "at least 90 % of the speed" in line]
     assert f"({100 * low:.1f} to {100 * high:.1f})" in row and "not met" in row
     for kind, first, title in (
-        ("runs", "none", "Eager: bf16 20.0"),
-        ("compiled", "int8", "Compiled: int8 41.0"),
+        ("runs", "none", "Eager decode: bf16 20.0"),
+        ("compiled", "int8", "Compiled decode: int8 41.0"),
     ):
         (line,) = [line for line in text.splitlines() if line.startswith(title)]
         others = [r.name for r in made if r.name != first]

@@ -193,7 +193,7 @@ def test_only_what_was_measured_to_its_end_is_recommended():
 def test_speeds_that_cannot_be_told_apart_are_said_to_be():
     base = result("none", (19.9, 20.1), stored=2 * GIB)
     equal = advice(base, result("int8", (19.7, 20)))
-    assert "Eager: bf16 20.0, int8 19.9 tokens/s; bf16 and int8 are about equal." in equal
+    assert "Eager decode: bf16 20.0, int8 19.9 tokens/s; bf16 and int8 are about equal." in equal
     assert "too noisy to name the fastest of bf16, int8: measure" in advice(base, result("int8", (8, 18)))
     close = advice(base, result("int8", (17, 18.5, 20.4)))
     assert "; bf16 or int8 is the fastest (borderline)." in close
@@ -217,7 +217,7 @@ def test_no_check_is_not_a_passed_check():
     assert "Quality was not measured" in advice(result("none"), result("int8"))
     unsure = result("int8", quality=quality(0.04, 0.01))
     assert "Take bf16[/]: nothing smaller is certain to keep its answers." in advice(result("none"), unsure)
-    assert "Answers kept or changed: int8." in advice(result("none"), unsure)
+    assert "Answers against bf16's: int8 kept or changed." in advice(result("none"), unsure)
     reference = result("int8", is_reference=True)
     assert "Only int8 was measured to its end" in advice(reference)
     assert "nothing smaller is certain to keep its answers" in advice(reference, result("int4", kl=0.2))
@@ -230,8 +230,8 @@ def test_the_compiled_step_stands_beside_eager():
         result("int8", (9, 9), 0.01, compiled=compiled(40, 40)),
     )
     assert "In this script's compiled step take int8: 40.0 tokens/s, bf16 30.0. " in told
-    assert "Eager: bf16 20.0, int8 9.00 tokens/s; bf16 is the fastest." in told
-    assert "Compiled: int8 40.0, bf16 30.0 tokens/s; int8 is the fastest." in told
+    assert "Eager decode: bf16 20.0, int8 9.00 tokens/s; bf16 is the fastest." in told
+    assert "Compiled decode: int8 40.0, bf16 30.0 tokens/s; int8 is the fastest." in told
 
 
 def test_a_recommendation_names_the_speeds_that_are_uncertain():
