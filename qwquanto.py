@@ -28,14 +28,16 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     TTFT             time to first token: from the call of generate() until the first new token is sampled
     decode tokens/s  (new tokens - 1) / (time of the last - time of the first): N tokens have N-1 intervals
                      Medians, ± and ratios rest on the same tokens: the first ones, that all runs of all rows
-                     reached, eager and compiled; runs of fewer than 32 tokens have no part in a ratio
+                     reached, eager and compiled; runs of fewer than 32 tokens, and on a CPU those beside
+                     which other programs used over 10 % of it, have no part in a ratio
     ±                sample standard deviation
     inter-token      the gaps between tokens; percentiles pool all timed runs
     pace             decode tokens/s over the first and over the last tenth of answers of 200 tokens and more
     latency          the whole generate() call, device synchronized at both ends
     tokens/s         new tokens / latency: the plain figure that most scripts print
     prefill          512 prompt tokens / time to first token (llama-bench's pp512), measured by itself
-    512+128 s        512 / prefill + 127 / decode tokens/s after that prompt: a long question, computed
+    512+128 s        512 / prefill + 127 / decode tokens/s: a long question, computed. The rate is slowed down
+                     as decoding after that prompt was, beside decoding after the question in turn with it
     weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
     saved            1 - weights / the same model unquantized, in the dtype it is loaded in
     allocated        bytes in torch's tensors; reserved: what its allocator holds; used: whole device (NVML)
@@ -65,7 +67,7 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     the floor        KL of the reference's compiled step against the reference itself: rounding
     speed-up         a median decode rate over the unquantized model's, both eager or both compiled
     yardstick        seconds of a fixed job of small operations, before, between and after the runs (host_s in
-                     the JSON): how fast the host was meanwhile
+                     the JSON): how fast the host of a GPU was meanwhile
 
 Timed runs follow warm-up runs; run i is seeded with SEED + i. Decode of a language model at batch size one
 reads every weight once a token, so memory bandwidth is its ceiling: MBU says how near it is.
@@ -73,13 +75,13 @@ reads every weight once a token, so memory bandwidth is its ceiling: MBU says ho
 Each claim stands under the name of who makes it: introductions to Quanto, or Quanto's own README. The rules
 of the recommendation stand in advice.py.
 
-Verdicts rest on 95 % intervals: of KL by Student's t over the prompts, since
-positions of one prompt are alike; of a ratio of speeds by Welch's method on the
-logarithms of the rates, with what differs between processes that measure the same. It holds the ratio as it
-is, and as it would be beside the same memory bandwidth or the same yardstick: a machine that is shared is now
-twice as fast, now half. (CUDA graphs are replayed without the host.) A limit is judged first. A speed
-whose interval holds it is borderline or, where the ends differ by over 1.5 times, too noisy: measure again.
-About equal is what lies within 10 % and holds 1; the fastest is named where its interval excludes all others.
+Verdicts rest on 95 % intervals: of KL by Student's t over the prompts, since positions of one prompt are
+alike; of a ratio of speeds by Welch's method on the logarithms of the rates, with what differs between
+processes that measure the same. It holds the ratio as it is, and as it would be beside the same memory
+bandwidth or, on a GPU, the same yardstick: a machine that is shared is now twice as fast, now half. (CUDA
+graphs that fill a token's time wait for no host.) A limit is judged first. A speed whose interval holds it is
+borderline or, where the ends differ by over 1.5 times, too noisy: measure again. About equal is what lies
+within 10 % and holds 1; the fastest is named where its interval excludes all others.
 Answers are kept up to 0.05 nats, changed up to 0.5 and broken above: the author's choice.
 
 The chart shows the same rows in three panels: speed, memory, answers. The colour of a bar says what became of

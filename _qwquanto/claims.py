@@ -90,7 +90,7 @@ def speed_verdict(interval: tuple[float, float] | None, limit: float) -> str:
     The limit comes first. An interval that holds it is borderline, or too wide to say anything.
     """
     if interval is None:
-        return f"unknown: needs two runs of {MIN_RATE_TOKENS} tokens"
+        return f"unknown: needs two undisturbed runs of {MIN_RATE_TOKENS} tokens"
     low, high = interval
     if low >= limit or high < limit:
         return "met" if low >= limit else "not met"

@@ -157,8 +157,9 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
 
 
 def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) -> str:
-    """What the speeds are of; counts are of the runs made, not of those asked for."""
-    numbers = sorted({len(runs) for runs in groups if runs} or {0})
+    """What the speeds are of; counts are of the runs that were made and count, not of those asked for."""
+    timed = [sum(run.decode_tokens_per_s is not None for run in runs) or len(runs) for runs in groups if runs]
+    numbers = sorted(set(timed) or {0})
     made = f"{numbers[0]} to {numbers[-1]} runs" if len(numbers) > 1 else plural(numbers[0], "run")
     shared = basis(*groups) + 1
     tokens = max((run.generated_tokens for runs in groups for run in runs), default=0)

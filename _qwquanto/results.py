@@ -32,6 +32,7 @@ class Run:
     tokens_per_s: float
     inter_token_s: list[float]
     energy_j: dict[str, float] | None = None  # device -> joules
+    others_cpu: float | None = None  # share of the CPU that other programs used; None on other devices
     text: str = ""
 
 
@@ -117,7 +118,7 @@ class Result:
     max_positions: int | None = None  # tokens that the model takes; None: no limit is known
     warmup: list[Run] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)  # eager
-    host_s: list[float] = field(default_factory=list)  # a fixed job, before, between and after the runs
+    host_s: list[float] = field(default_factory=list)  # a fixed job, around the runs; empty on a CPU
     throttled: dict[str, float] = field(default_factory=dict)  # reason -> share of the runs' time, see NVML
     bytes_per_token: int | None = None  # weights that a decode step reads, see `decode_weight_bytes`
     memory_bytes_per_s: dict[str, float] = field(default_factory=dict)  # device -> bytes/s

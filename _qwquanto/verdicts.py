@@ -17,6 +17,7 @@ from _qwquanto.stats import (
     decode_rate,
     gpu_share,
     is_about_one,
+    is_disturbed,
     is_float32,
     kl_interval,
     pace,
@@ -134,11 +135,13 @@ def instability(
     found, variation = [], coefficient_of_variation(runs)
     if same_work and any(run.stop_reason == "time" for run in runs):
         found.append(f"The {kind} runs were ended by MAX_SECONDS, short of COMPARE_TOKENS.")
+    if disturbed := [run.others_cpu for run in runs if is_disturbed(run)]:
+        share = f"up to {100 * max(disturbed):.0f} % of the processor"
+        which = f"{len(disturbed)} of {plural(len(runs), f'{kind} run')}"
+        found.append(f"Other programs used {share} beside {which}, which do not count: close them.")
     if variation is None:
-        unknown = (
-            f"Fewer than two {kind} runs reached {MIN_RATE_TOKENS} tokens: how steady they are is unknown."
-        )
-        return found + [unknown] * (len(runs) > 1)
+        few = f"Fewer than two {kind} runs of {MIN_RATE_TOKENS} tokens count"
+        return found + [f"{few}: how steady they are is unknown."] * (len(runs) > 1)
     (rates,) = rates_over_shared_prefix(runs)
     even = beside_one_host(rates, host_s)
     if is_warming_up(rates) and is_warming_up(even):
@@ -254,7 +257,7 @@ def fastest(done: list[Result], compiled: bool) -> str:
     if not rivals:
         return f"{line}; {first.label} is the fastest."
     if None in rivals.values():
-        return f"{line}; two runs of {MIN_RATE_TOKENS} tokens each would tell the fastest."
+        return f"{line}; two undisturbed runs of {MIN_RATE_TOKENS} tokens each would tell the fastest."
     if all(map(is_about_one, rivals.values())):
         return f"{line}; {', '.join(names[:-1])} and {names[-1]} are about equal."
     low, high = max(rivals.values(), key=lambda interval: interval[1] / interval[0])

@@ -8,7 +8,8 @@ Starts the script in `--processes` (5) processes, or that many of each build in 
 precision (`--weights`, int8); other flags are the script's. Prints, eager and compiled: each process's median
 decode rate with the time of its host's yardstick, the s.d. of the logarithm of the rates between processes
 (BETWEEN_PROCESSES in _qwquanto/stats.py) less what their runs explain, and for each pair of processes what
-`--show` says of it: of one build most pairs are about the same, of two builds most are not.
+`--show` says of it. Of two builds also what all of their processes tell together: a single pair on a machine
+that is shared cannot tell builds apart that differ by some percent, or say that they are the same.
 """
 
 import argparse
@@ -26,7 +27,15 @@ from conftest import SCRIPT
 
 from _qwquanto.results import Result, from_json
 from _qwquanto.saved import speed_change
-from _qwquanto.stats import decode_rate, is_about_one, on_one_basis, rates_over_shared_prefix, speed_interval
+from _qwquanto.stats import (
+    decode_rate,
+    is_about_one,
+    log_mean,
+    on_one_basis,
+    rates_over_shared_prefix,
+    speed_interval,
+    welch,
+)
 from _qwquanto.text import format_3g
 
 
@@ -66,15 +75,27 @@ def tell(interval: tuple[float, float] | None) -> str:
     return "faster" if low > 1 else "slower" if high < 1 else "open"
 
 
+def builds_ratio(groups: list[list[list[float]]]) -> tuple[float, tuple[float, float]]:
+    """The second build's decode rate over the first's with its 95 % interval, by Welch's method.
+
+    On the logarithms of the processes' means, so that what differs between processes is in it as it was. Each
+    build is a list of processes, each of these a list of its runs' rates.
+    """
+    means = [[math.exp(statistics.fmean(map(math.log, rates))) for rates in build] for build in groups]
+    (first, first_error), (second, second_error) = map(log_mean, means)
+    low, high = welch(second - first, [first_error, second_error])
+    return math.exp(second - first), (math.exp(low), math.exp(high))
+
+
 def report(kind: str, builds: list[list[Result]]) -> None:
     """The figures of one kind of runs, of one build or two."""
     compiled = kind == "compiled"
     runs = lambda r: r.compiled.runs if compiled else r.runs
     for number, results in enumerate(builds, 1):
         for r in results:
-            host = statistics.median(r.compiled.host_s if compiled else r.host_s)
-            rate = format_3g(decode_rate(runs(r)))
-            print(f"build {number}, {kind}: {rate} tokens/s, yardstick {1000 * host:.1f} ms", flush=True)
+            host_s = r.compiled.host_s if compiled else r.host_s
+            host = f", yardstick {1000 * statistics.median(host_s):.1f} ms" if host_s else ""
+            print(f"build {number}, {kind}: {format_3g(decode_rate(runs(r)))} tokens/s{host}", flush=True)
         if len(results) > 1:
             groups = rates_over_shared_prefix(*(runs(r) for r in results))
             between, within = (f"{100 * sd:.2f} %" for sd in between_processes(groups))
@@ -84,6 +105,13 @@ def report(kind: str, builds: list[list[Result]]) -> None:
     print(f"{kind}: {'; '.join(map(speed_change, intervals))}")
     found = Counter(map(tell, intervals))
     print(f"{kind}, {len(intervals)} pairs: {', '.join(f'{count} {told}' for told, count in found.items())}")
+    if len(builds) > 1 and min(map(len, builds)) > 1:
+        every = iter(rates_over_shared_prefix(*(runs(r) for results in builds for r in results)))
+        ratio, interval = builds_ratio([[next(every) for _ in results] for results in builds])
+        ends = " to ".join(map(format_3g, interval))
+        print(
+            f"{kind}, all processes: build 2 is {format_3g(ratio)} times as fast ({ends}): {tell(interval)}"
+        )
 
 
 def main(argv: list[str]) -> None:

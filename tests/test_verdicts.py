@@ -67,7 +67,10 @@ KERNELS = "comparable speed by optimized kernels"
 
 def test_expectations_are_judged_at_their_limits():
     base = result("none", (20, 20), stored=2 * GIB)
-    assert verdicts(base, result("int8", (19, 19), stored=GIB)).items() >= {(MEMORY, "met"), (SPEED, "met")}
+    assert verdicts(base, result("int8", (19.5, 19.5), stored=GIB)).items() >= {
+        (MEMORY, "met"),
+        (SPEED, "met"),
+    }
     assert verdicts(base, result("int8", (18, 18.2)))[SPEED] == "borderline"
     slow = verdicts(base, result("int8", (10, 10), stored=GIB + 1))
     assert slow == {MEMORY: "not met", SPEED: "not met"}
@@ -84,7 +87,9 @@ def test_a_row_stands_where_its_precisions_were_measured():
         set(verdicts(result("none"), one_token)) == {MEMORY} == set(verdicts(one_token, result("none", ())))
     )
     assert set(verdicts(result("none"), result("int8", devices=["cuda:0"]))) == {MEMORY}
-    assert verdicts(result("none"), result("int8", (10.0,)))[SPEED] == "unknown: needs two runs of 32 tokens"
+    assert verdicts(result("none"), result("int8", (10.0,)))[SPEED].startswith(
+        "unknown: needs two undisturbed runs of 32"
+    )
 
 
 def test_float8_and_int4_are_judged_against_int8():
@@ -128,7 +133,7 @@ def test_every_judgement_can_be_recomputed_from_the_file():
     logs = [[math.log(39 / sum(run["inter_token_s"])) for run in r["runs"]] for r in (int8, base)]
     center = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
     within = [statistics.variance(log) / 2 for log in logs]
-    error = sum(within) + 2 * 0.015**2  # between two processes on a CPU
+    error = sum(within) + 2 * 0.025**2  # between two processes on a CPU
     freedom = error**2 / sum(v**2 for v in within)  # of two runs a side
     half = t_quantile(freedom) * math.sqrt(error)
     assert speed_interval(made[1], made[0]) == pytest.approx(
@@ -195,10 +200,10 @@ def test_speeds_that_cannot_be_told_apart_are_said_to_be():
     equal = advice(base, result("int8", (19.7, 20)))
     assert "Eager decode: bf16 20.0, int8 19.9 tokens/s; bf16 and int8 are about equal." in equal
     assert "too noisy to name the fastest of bf16, int8: measure" in advice(base, result("int8", (8, 18)))
-    close = advice(base, result("int8", (17, 18.5, 20.4)))
+    close = advice(base, result("int8", (18, 18.5, 19)))
     assert "; bf16 or int8 is the fastest (borderline)." in close
     assert "; bf16 is the fastest." in advice(result("none", (19.9, 20)), result("int8", (10, 10.1)))
-    assert "two runs of 32 tokens each would tell" in advice(base, result("int8", (10,)))
+    assert "two undisturbed runs of 32 tokens each would tell" in advice(base, result("int8", (10,)))
 
 
 def test_precisions_on_different_devices_are_not_compared():

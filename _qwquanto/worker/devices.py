@@ -24,7 +24,6 @@ import torch
 
 from _qwquanto.channel import Failure, first_line
 
-CPU_BUSY_PERCENT = 20  # of the processor that others may use before it deserves a warning
 THROTTLING = {  # what NVML says of a GPU that runs slower than it could -> the reason in words
     pynvml.nvmlClocksEventReasonSwPowerCap: "its power limit",
     pynvml.nvmlClocksEventReasonHwSlowdown: "heat or power, by its hardware",
@@ -65,13 +64,34 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
     raise Failure(notes[-1])
 
 
-def busy_note(when: str) -> list[str]:
-    """A note if other programs use the processor: decode beside one was steadily a hundred times slower."""
-    if psutil.cpu_percent(0.5) <= CPU_BUSY_PERCENT:  # this process sleeps meanwhile
-        return []
-    return [
-        f"other programs used over {CPU_BUSY_PERCENT} % of the processor {when}: the speeds may be too low"
-    ]
+def processor_share() -> Callable[[], float | None]:
+    """A function that tells which share of the processors others have used since now, from 0 to 1.
+
+    Of those that this process may use; what a hypervisor gave to other machines (steal) counts as well. None
+    within a second: the system counts in hundredths.
+    """
+    me = psutil.Process()
+    mine = me.cpu_affinity() if hasattr(me, "cpu_affinity") else range(psutil.cpu_count())
+
+    def used() -> tuple[float, float]:
+        """Seconds: of all on these processors, and of this process."""
+        every = [seconds for i, seconds in enumerate(psutil.cpu_times(percpu=True)) if i in mine]
+        idle = sum(seconds.idle + getattr(seconds, "iowait", 0) for seconds in every)
+        twice = sum(getattr(s, "guest", 0) + getattr(s, "guest_nice", 0) for s in every)  # in user's, too
+        own = me.cpu_times()
+        return sum(map(sum, every)) - idle - twice, own.user + own.system
+
+    begin, all_before, own_before = time.perf_counter(), *used()
+
+    def share() -> float | None:
+        seconds = time.perf_counter() - begin
+        if seconds < 1:
+            return None
+        all_now, own_now = used()
+        others = (all_now - all_before) - (own_now - own_before)
+        return min(1.0, max(0.0, others / (seconds * len(mine))))
+
+    return share
 
 
 def nvml_handles(devices: list[str]) -> tuple[dict[str, Any], list[str]]:

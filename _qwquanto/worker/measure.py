@@ -17,7 +17,6 @@ from _qwquanto.results import Compiled, Result
 from _qwquanto.settings import Settings
 from _qwquanto.worker.checkpoint import check_checkpoint, download_model, load_tokenizer, token_ids
 from _qwquanto.worker.devices import (
-    busy_note,
     choose_devices,
     describe_environment,
     gpu_memory_in_use,
@@ -81,7 +80,7 @@ def set_up(bench: Bench, result: Result, on_terminal: bool) -> tuple[str | None,
         in_use = gpu_memory_in_use() if s.device != "cpu" else {}
         bench.devices, notes = choose_devices(s.device)
         result.devices = bench.devices
-        result.notes = notes + busy_note("at the start")
+        result.notes = notes
         for note in result.notes:
             log(note)
     with step("getting the model", timeout_s=None):
@@ -191,7 +190,6 @@ def measure(result: Result, reference: str | None, on_terminal: bool = False, de
                 try_torch_compile(bench, result)
         if s.compile:  # last: it changes the model, and may fail
             measure_compiled(bench, result, reference)
-        result.notes += busy_note("at the end")
         result.complete = True
     except Exception as error:  # whatever it is becomes the Result's failure
         if debug:

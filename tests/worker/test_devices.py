@@ -1,7 +1,9 @@
 """Devices, NVML and memory, by stand-ins that count calls."""
 
+from collections import namedtuple
 from types import SimpleNamespace
 
+import psutil
 import pynvml
 import pytest
 import torch
@@ -10,12 +12,12 @@ from fake_model import FakeTime
 from _qwquanto.channel import Failure
 from _qwquanto.worker import devices
 from _qwquanto.worker.devices import (
-    busy_note,
     choose_devices,
     energy_j,
     memory_bandwidth,
     nvml_handles,
     peak_memory,
+    processor_share,
     torch_memory,
 )
 
@@ -73,10 +75,30 @@ def test_gpus_are_tried_until_one_works(monkeypatch):
     assert notes == ["cuda:0 does not work: no kernel image is available"]
 
 
-def test_a_busy_processor_is_noted(monkeypatch):
-    for percent, notes in ((5.0, 0), (60.0, 1)):
-        monkeypatch.setattr("psutil.cpu_percent", lambda interval, percent=percent: percent)
-        assert len(busy_note("at the start")) == notes
+def test_what_other_programs_use_of_the_processors_is_all_that_is_used_but_by_this_process(monkeypatch):
+    """Of those processors that this process may use; steal counts, waiting for a disk does not."""
+    times = namedtuple("times", "user nice system idle iowait irq softirq steal guest guest_nice")
+    clock, own = [100.0], [5.0]
+    busy = {0: times(10, 1, 2, 50, 3, 0.5, 0.5, 1, 4, 1), 1: times(20, *[0] * 9), 2: times(*[0] * 10)}
+    me = SimpleNamespace(
+        cpu_affinity=lambda: [0, 1], cpu_times=lambda: SimpleNamespace(user=own[0], system=1.0)
+    )
+    monkeypatch.setattr(psutil, "Process", lambda: me)
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: [busy[i] for i in range(3)])
+    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    share = processor_share()
+    clock[0] += 0.5
+    assert share() is None, "the system counts in hundredths of a second"
+    clock[0] += 9.5
+    own[0] += 12
+    busy[0] = times(10 + 6, 1, 2, 50 + 1, 3 + 2, 0.5, 0.5, 1 + 1, 4 + 3, 1)  # 7 of 10 s in use
+    busy[1] = times(20 + 8, *[0] * 9)
+    busy[2] = times(500, *[0] * 9)
+    assert share() == pytest.approx((7 + 8 - 12) / 20)
+    own[0] = 5.0
+    assert share() == pytest.approx((7 + 8) / 20)
+    own[0] = 500.0
+    assert share() == 0.0
 
 
 def test_a_peak_is_of_its_block_alone(monkeypatch):

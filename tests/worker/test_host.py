@@ -1,5 +1,6 @@
 """What a worker learns of its machine while it times: throttling, and the yardstick of the host."""
 
+import contextlib
 import threading
 
 import pynvml
@@ -69,7 +70,10 @@ def test_the_thread_that_polls_memory_sees_throttling(monkeypatch):
 
 
 def test_the_yardstick_is_laid_before_between_and_after_the_runs(monkeypatch):
-    """Eager and compiled; on the device under test, and outside of what is timed."""
+    """Eager and compiled; on the device under test, and outside of what is timed.
+
+    None on a CPU, where others' use of it is measured beside each run (`processor_share`).
+    """
     order = []
 
     def yardstick(device):
@@ -81,10 +85,15 @@ def test_the_yardstick_is_laid_before_between_and_after_the_runs(monkeypatch):
     for name in ("save", "log"):
         monkeypatch.setattr(generation, name, lambda *_: None)
     r = Result(settings(), compiled=compiled())
+    mine = bench(FakeModel(None, []))
+    generation.timed_runs(mine, r, r, 2)
+    assert order == ["run", "run"] and r.host_s == []
+    mine.devices = ["mps"]
+    monkeypatch.setattr(generation, "peak_memory", lambda *_: contextlib.nullcontext(dict))
     for target in (r, r.compiled):
         order.clear()
-        generation.timed_runs(bench(FakeModel(None, [])), r, target, 2)
-        assert order == ["cpu", "yardstick", "run", "yardstick", "run", "yardstick"]
+        generation.timed_runs(mine, r, target, 2)
+        assert order == ["mps", "yardstick", "run", "yardstick", "run", "yardstick"]
         assert target.host_s == [0.05] * 3
 
 

@@ -23,7 +23,6 @@ from _qwquanto.worker.measure import measure_compiled, tokenize
 def measured(tiny, monkeypatch, messages, tmp_path):
     """Measures the tiny model as a worker does; without what takes seconds and decides nothing."""
     monkeypatch.setattr(measure, "memory_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(measure, "busy_note", lambda when: [])
 
     def measure_it(folder=None, **constants):
         known = {"model_name": tiny, "question": QUESTION, "device": "cpu", "runs": 1, "warmup_runs": 0}
