@@ -29,7 +29,7 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     decode tokens/s  (new tokens - 1) / (time of the last - time of the first): N tokens have N-1 intervals
                      Medians, ± and ratios rest on the same tokens: the first ones, that all runs of all rows
                      reached, eager and compiled; runs of fewer than 32 tokens, and on a CPU those beside
-                     which other programs used over 10 % of it, have no part in a ratio
+                     which other programs used over 10 % of it, are left out
     ±                sample standard deviation
     inter-token      the gaps between tokens; percentiles pool all timed runs
     pace             decode tokens/s over the first and over the last tenth of answers of 200 tokens and more
@@ -37,7 +37,7 @@ Every number, as the report names it (the JSON has them in seconds and bytes, nu
     tokens/s         new tokens / latency: the plain figure that most scripts print
     prefill          512 prompt tokens / time to first token (llama-bench's pp512), measured by itself
     512+128 s        512 / prefill + 127 / decode tokens/s: a long question, computed. The rate is slowed down
-                     as decoding after that prompt was, beside decoding after the question in turn with it
+                     by what decoding after that prompt took longer than after the question, timed in turn
     weights          stored bytes of parameters and buffers, seen through Quanto's wrappers, tied tensors once
     saved            1 - weights / the same model unquantized, in the dtype it is loaded in
     allocated        bytes in torch's tensors; reserved: what its allocator holds; used: whole device (NVML)

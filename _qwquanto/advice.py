@@ -92,10 +92,17 @@ def smallest(candidates: list[Result], rate: Callable[[Result], float]) -> Resul
 def fastest_of(
     candidates: list[Result], rate: Callable[[Result], float], interval: Callable[[Result, Result], Interval]
 ) -> list[Result]:
-    """The fastest, and those that may be as fast: by their interval, and by their median nearly."""
+    """The fastest, and those that may be as fast.
+
+    By their interval, with a median within a tenth of it; or without an interval, so that nothing is known.
+    """
     fastest = max(candidates, key=rate)
-    near = [r for r in candidates if rate(r) * SAME_SPEED_RATIO >= rate(fastest)]
-    return [r for r in near if r is fastest or (interval(r, fastest) or (0, 1))[1] >= 1]
+
+    def may_be(r: Result) -> bool:
+        known = interval(r, fastest)
+        return known is None or (known[1] >= 1 and rate(r) * SAME_SPEED_RATIO >= rate(fastest))
+
+    return [r for r in candidates if r is fastest or may_be(r)]
 
 
 def may_equal(r: Result, fastest: Result) -> bool:
@@ -174,9 +181,11 @@ def room_text(r: Result, base: Result) -> str:
     """The smallest common card on which a precision has room for more context than the unquantized model."""
     for card in CARDS_GIB:
         ours, theirs = (context_that_fits(one, card * 2**30) for one in (r, base))
-        if ours and theirs is not None and ours > theirs:
-            both = f"{context_text(r, ours)} tokens with it, {context_text(base, theirs)} with {base.label}"
-            return f" (a card of {card} GB has room for {both})"
+        if not ours or theirs is None or ours <= theirs:
+            continue
+        room, other = context_text(r, ours), context_text(base, theirs)
+        if room != other:
+            return f" (a card of {card} GB has room for {room} tokens with it, {other} with {base.label})"
     return ""
 
 
@@ -221,9 +230,9 @@ def beside(results: list[Result], least: Result) -> str:
         if r.weight_bytes < 0.99 * least.weight_bytes and answer_quality(r) in ("kept or changed", "changed"):
             smaller.append(f"{r.label} ({gib(r.weight_bytes)} GiB, KL {kl_text(r.quality)})")
         elif r.weight_bytes <= 1.01 * least.weight_bytes and (r.is_reference or answer_quality(r) == "kept"):
-            alike.append(f"{r.label} {format_3g(rate)}")
-    line = f" As small: {', '.join(alike)} tokens/s." if alike else ""
-    return line + (f" For longer contexts, with other answers: {', '.join(smaller)}." if smaller else "")
+            alike.append(f"{r.label}, {format_3g(rate)} tokens/s")
+    line = f" Equally small: {'; '.join(alike)}." if alike else ""
+    return line + (f" Smaller, but with changed answers: {'; '.join(smaller)}." if smaller else "")
 
 
 def compiled_advice(best: Result, candidates: list[Result]) -> str:
@@ -235,6 +244,8 @@ def compiled_advice(best: Result, candidates: list[Result]) -> str:
     fastest = fastest_of(timed, compiled_rate, compiled_interval)
     other = smallest(fastest, compiled_rate)
     if best in fastest and best.weight_bytes <= 1.01 * other.weight_bytes:  # perhaps as fast, and no larger
+        return ""
+    if compiled_interval(best, other) is None:
         return ""
     rates = f"{format_3g(compiled_rate(other))} tokens/s, {best.label} {format_3g(compiled_rate(best))}"
     return f" In this script's compiled step take {other.label}: {rates}."

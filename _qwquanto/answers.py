@@ -30,7 +30,7 @@ def comparison_quality(results: list[Result]) -> list[Any]:
     third = "KL p99" if perplexity is None else "perplexity"
     columns = ("weights", "KL nats", third, "same top token %", "answers")
     limits = f"This script's limits: kept up to a KL of {KL_KEPT}, changed up to {KL_BROKEN}, broken above."
-    limits += " KL p99: of the token that is worse than 99 % of them." * (perplexity is None)
+    limits += " KL p99: 99 % of the tokens have a smaller KL." * (perplexity is None)
     return [*table(quality_title(results, judged), columns, rows), limits, *compiled_quality(results), ""]
 
 

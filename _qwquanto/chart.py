@@ -130,16 +130,18 @@ def remarks(sheet: Sheet, benchmarks: list[Benchmark]) -> list[str]:
     results = [r for b in benchmarks for r in b.results]
     found = []
     if any(text.get_text().startswith("→") for text in sheet.axes.texts):
-        found.append("→: ends outside the picture")
-    if any(r.compiled for r in results):
+        found.append("→: the limit or peak lies outside the picture")
+    if any(r.compiled or r.settings.compile for r in results):
         found.append("Pale: eager")
     if any(r.devices == ["cpu"] for r in results):
         found.append("RSS: of the whole process, with libraries and freed memory")
-    for b in benchmarks:
-        speeds = [min(r.memory_bytes_per_s.values()) for r in b.results if r.memory_bytes_per_s]
-        if speeds and max(speeds) > 1.1 * min(speeds):
-            span = f"{format_3g(min(speeds), 1e9)} to {format_3g(max(speeds), 1e9)} GB/s"
-            found.append(f"The memory delivered {span}, so limits of equal weights differ")
+    for benchmark in benchmarks:
+        for device in benchmark.described.devices:
+            known = [r.memory_bytes_per_s for r in benchmark.results if device in r.memory_bytes_per_s]
+            low, high = (end((speeds[device] for speeds in known), default=0) for end in (min, max))
+            if high > 1.1 * low:
+                span = f"{format_3g(low, 1e9)} to {format_3g(high, 1e9)} GB/s"
+                found.append(f"Memory delivered {span}, so equally large weights have different limits")
     return list(dict.fromkeys(found))
 
 

@@ -48,7 +48,7 @@ def comparison_memory(results: list[Result]) -> list[Any]:
     on_cpu = all(r.devices == ["cpu"] for r in results if r.memory)
     what = "the whole process (RSS)" if on_cpu else "what the program took of the device"
     title = "Memory in GiB" + f"; peak: {what} in eager runs" * any(peaks)
-    title += "; tensors: torch's part of it" * any(tensors)
+    title += "; tensors: torch's part of it" * (any(peaks) and any(tensors))
     parts = table(title, [*columns, "load s"], rows)
     lines = cache_line(results) + fit_line(results) + process_lines(results)
     return [*parts, *lines, *[""] * bool(lines)]

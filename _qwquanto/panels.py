@@ -202,7 +202,8 @@ def answers_panel(
         place = axis(low)
         return sum(spot(sheet, a, place, [*map(place, limits)])[1] for a in judged)
 
-    low = max((low, low - 1), key=free_spots)  # a decade more, if figures then stand off the limits
+    if 10.0**low > LEAST_KL:
+        low = max((low, low - 1), key=free_spots)  # a decade more, if figures then stand off the limits
     place = axis(low)
     first, second = map(place, limits)
     for x, zone, side in (

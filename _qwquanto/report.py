@@ -20,6 +20,7 @@ from _qwquanto.stats import (
     decode_rate,
     deviation,
     gpu_share,
+    is_disturbed,
     joules_per_token,
     mean_watts,
     median,
@@ -149,8 +150,9 @@ def speed_table(results: list[Result], compiled: bool = False) -> list[Any]:
     columns += ["x eager", "compile s"] if compiled else ["prefill tok/s", "512+128 s"]
     parts = table(speed_title(results, groups, compiled), [*columns, "MBU %"], rows)
     if not compiled:
-        note = "512+128 s: for 512 prompt tokens and 128 new ones; computed, with slower decoding after them."
-        note += " MBU: the weights' share of the memory's bandwidth."
+        note = "512+128 s: for 512 prompt tokens and 128 new ones, computed"
+        note += ", with slower decoding after them" * any(r.decode_after_prefill_ratio for r in results)
+        note += ". MBU: the weights' share of the memory's bandwidth."
         return [*parts, note, ""]
     single = any(len(r.runs) == 1 for r in results)
     return [*parts, "x eager rests on a single eager run.", ""] if single else parts
@@ -210,6 +212,7 @@ def runs_table(r: Result) -> list[Any]:
     for name, ended, run in numbered:
         joules = sum(run.energy_j.values()) if run.energy_j and run.latency_s >= 1 else None
         rest = format_3g(run.decode_tokens_per_s), format_3g(run.latency_s), format_3g(joules)
+        ended += ", disturbed" * is_disturbed(run)
         rows.append([name, ended, str(run.generated_tokens), format_3g(run.ttft_s, 0.001), *rest])
     used = ", ".join(f"{key} {value}" for key, value in r.generation.items() if value is not None)
     title = f"Runs: {runs[0].prompt_tokens} prompt tokens ({used})"

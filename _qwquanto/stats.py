@@ -19,7 +19,7 @@ REPLAY_SHARE = 0.8  # of a compiled token's time that its CUDA graph takes; belo
 TOO_WIDE = 1.5  # upper over lower end of a ratio's interval that says nothing but "measure again"
 # s.d. of the logarithm of a rate between processes that measure the same (tests/bench_reproducibility.py)
 BETWEEN_PROCESSES = {
-    ("eager", "cpu"): 0.025,  # SmolLM2-135M, int8, 2 cores of a virtual machine, where runs differ as little
+    ("eager", "cpu"): 0.025,  # SmolLM2-135M, int8, 2 cores of a virtual machine; of its quieter hours
     ("eager", "cuda"): 0.07,  # Qwen2.5-3B's shape, bf16, H200 of a virtual machine; of five processes
     ("compiled", "cuda"): 0.009,  # Qwen2.5-3B's shape, int8, H100
 }
@@ -66,11 +66,6 @@ def deviation(values: Iterable[float | None]) -> float | None:
     return statistics.stdev(known) if len(known) > 1 else None
 
 
-def decode_rate(runs: list[Run]) -> float | None:
-    """Median decode tokens/s of some runs."""
-    return median(r.decode_tokens_per_s for r in runs)
-
-
 def is_disturbed(run: Run) -> bool:
     """Whether other programs took too much of the CPU that decoded.
 
@@ -78,6 +73,11 @@ def is_disturbed(run: Run) -> bool:
     of SmolLM2 fell from 23 to 5 tokens/s, and beside a test suite to 1.3.
     """
     return (run.others_cpu or 0) > DISTURBED
+
+
+def decode_rate(runs: list[Run]) -> float | None:
+    """Median decode tokens/s of the runs that were let alone; of all, where none was."""
+    return median(r.decode_tokens_per_s for r in [r for r in runs if not is_disturbed(r)] or runs)
 
 
 def counts(run: Run) -> bool:
@@ -135,11 +135,6 @@ def coefficient_of_variation(runs: list[Run]) -> float | None:
     return statistics.stdev(rates) / statistics.fmean(rates) if len(rates) > 1 else None
 
 
-def log_deviation(values: list[float]) -> float:
-    """The standard deviation of the logarithms; 0 for fewer than two values."""
-    return statistics.stdev(map(math.log, values)) if len(values) > 1 else 0.0
-
-
 def log_mean(values: list[float]) -> tuple[float, tuple[float, float]]:
     """The mean of the logarithms; and its squared standard error with the degrees of freedom of that."""
     logs = [math.log(value) for value in values]
@@ -157,13 +152,17 @@ def welch(center: float, errors: list[tuple[float, float]]) -> tuple[float, floa
 def ratio_interval(
     runs: list[Run],
     base: list[Run],
-    between: tuple[float, float] = (0, 0),
+    between: tuple[float, ...] = (),
     bandwidth_ratio: float = 1.0,
     host_s: tuple[list[float], list[float]] = ([], []),
 ) -> tuple[float, float] | None:
     """The 95 % interval of the ratio of two decode rates, on logarithms; None for too few runs.
 
-    `between` is the s.d. of each one's logarithm between processes, which runs of one process cannot show.
+    `between` is the s.d. of each one's logarithm between processes, which runs of one process cannot show:
+    what is known of it, or that of the process's own runs if they differ more, since what disturbs a shared
+    machine outlasts a run (SmolLM2 on two cores, five processes: 3.0 % within and 3.1 % between in one hour,
+    5.4 % and 5.4 % in another).
+
     What the two processes' memory bandwidths and yardsticks differ by may be in the figures or not, so the
     interval holds both: the ratio as it is, and as it would be beside the same memory or the same host.
     """
@@ -171,7 +170,10 @@ def ratio_interval(
     if min(map(len, rates)) < 2:
         return None
     (ours, our_error), (theirs, their_error) = map(log_mean, rates)
-    errors = [our_error, their_error, *((sd**2, math.inf) for sd in between)]
+    errors = [our_error, their_error]
+    for sd, (squared, freedom) in zip(between, tuple(errors), strict=False):
+        of_a_run = squared * (freedom + 1)
+        errors.append((sd**2, math.inf) if sd**2 > of_a_run else (of_a_run, freedom))
     low, high = welch(ours - theirs, errors)
     memory = math.log(bandwidth_ratio)
     ends = [low, high, low - memory, high - memory]
@@ -190,7 +192,7 @@ def bandwidth_ratio(r: Result, base: Result) -> float:
 
 
 def waits_for_host(measured: Result | Compiled) -> bool:
-    """Whether the host may have set the pace of some runs: always, but for graphs that fill a token's time.
+    """Whether the host may have set the pace of runs: always, but for graphs that fill a token's time.
 
     A token also has sampling, 0.13 ms on an H200: graphs of a 3B model took 93 % of its time, those of a 135M
     model 82 %, and 45 % beside a host half as fast, whose yardstick the rate then followed.
@@ -213,20 +215,14 @@ def speed_interval(
     """The 95 % interval of r's decode rate over base's, both eager or both compiled; None where unknown.
 
     On one machine other devices are not compared, and what its memory and its host did meanwhile widens the
-    interval; between two machines that is their difference. The host counts where it sets the pace. Processes
-    are taken to differ as much as the runs of one at least: what disturbs a shared machine outlasts a run
-    (SmolLM2 on two cores: 3.0 % within and 3.1 % between at one hour, 5.4 % and 5.4 % at another).
+    interval; between two machines that is their difference. The host counts where it sets the pace.
     """
     measured = [r.compiled, base.compiled] if compiled else [r, base]
     if not all(measured) or (same_machine and r.devices != base.devices):
         return None
     kind = "compiled" if compiled else "eager"
-    of_runs = map(log_deviation, rates_over_shared_prefix(*(one.runs for one in measured)))
     devices = [(one.devices or ["cpu"])[0].split(":")[0] for one in (r, base)]
-    between = tuple(
-        max(BETWEEN_PROCESSES.get((kind, device), BETWEEN_UNMEASURED), deviation)
-        for device, deviation in zip(devices, of_runs, strict=True)
-    )
+    between = tuple(BETWEEN_PROCESSES.get((kind, device), BETWEEN_UNMEASURED) for device in devices)
     if not same_machine:
         return ratio_interval(*(one.runs for one in measured), between)
     waits = any(map(waits_for_host, measured))

@@ -8,6 +8,7 @@ import statistics
 from _qwquanto.advice import advice
 from _qwquanto.results import Result, Run, reference_of
 from _qwquanto.stats import (
+    DISTURBED,
     KL_KEPT,
     MIN_RATE_TOKENS,
     TOO_WIDE,
@@ -135,10 +136,11 @@ def instability(
     found, variation = [], coefficient_of_variation(runs)
     if same_work and any(run.stop_reason == "time" for run in runs):
         found.append(f"The {kind} runs were ended by MAX_SECONDS, short of COMPARE_TOKENS.")
-    if disturbed := [run.others_cpu for run in runs if is_disturbed(run)]:
-        share = f"up to {100 * max(disturbed):.0f} % of the processor"
-        which = f"{len(disturbed)} of {plural(len(runs), f'{kind} run')}"
-        found.append(f"Other programs used {share} beside {which}, which do not count: close them.")
+    others = f"other programs used over {100 * DISTURBED:.0f} % of the processor"
+    if runs and all(map(is_disturbed, runs)):
+        found.append(f"Beside all {kind} runs {others}: the speeds are too low and not judged. Close them.")
+    elif any(map(is_disturbed, runs)):
+        found.append(f"Beside some {kind} runs {others}: those runs are left out.")
     if variation is None:
         few = f"Fewer than two {kind} runs of {MIN_RATE_TOKENS} tokens count"
         return found + [f"{few}: how steady they are is unknown."] * (len(runs) > 1)
@@ -183,7 +185,7 @@ def comparability_warnings(results: list[Result]) -> list[str]:
         if not any(map(waits_for_host, measured.values())):
             continue
         seconds = {label: statistics.geometric_mean(one.host_s) for label, one in measured.items()}
-        if seconds and max(seconds.values()) > 1.1 * min(seconds.values()):
+        if max(seconds.values()) > 1.1 * min(seconds.values()):
             slow, fast = max(seconds, key=seconds.get), min(seconds, key=seconds.get)
             times = f"{format_3g(seconds[slow] / seconds[fast])} times as slow beside {slow} as beside {fast}"
             found.append(f"{kind.capitalize()} runs: the host was {times}: intervals are widened by it.")
@@ -233,7 +235,8 @@ def recommendation(results: list[Result]) -> list[str]:
     if worse:
         each = "; ".join(f"{', '.join(labels)} {said}" for said, labels in worse.items())
         lines[-1] += f" Answers against {reference_of(results)}'s: {each}."
-    unsteady = [r.label for r in done if (coefficient_of_variation(r.runs) or 0) > UNSTABLE]
+    shaky = lambda r: (coefficient_of_variation(r.runs) or 0) > UNSTABLE or all(map(is_disturbed, r.runs))
+    unsteady = [r.label for r in done if shaky(r)]
     if unsteady:
         lines.append(f"[bold yellow]Unsteady: the speed of {', '.join(unsteady)}, see below.[/]")
     if left_out := [r.label for r in results if not r.eager_complete]:

@@ -6,10 +6,11 @@
 
 Starts the script in `--processes` (5) processes, or that many of each build in turn, each a comparison of one
 precision (`--weights`, int8); other flags are the script's. Prints, eager and compiled: each process's median
-decode rate with the time of its host's yardstick, the s.d. of the logarithm of the rates between processes
-(BETWEEN_PROCESSES in _qwquanto/stats.py) less what their runs explain, and for each pair of processes what
-`--show` says of it. Of two builds also what all of their processes tell together: a single pair on a machine
-that is shared cannot tell builds apart that differ by some percent, or say that they are the same.
+decode rate, on a GPU with the time of its host's yardstick; the s.d. of the logarithm of the rates between
+processes (BETWEEN_PROCESSES in _qwquanto/stats.py) less what their runs explain; and for each pair of
+processes what `--show` says of it. Of two builds also what all of their processes tell together: a single
+pair on a machine that is shared cannot tell builds apart that differ by some percent, or say that they are
+the same.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from conftest import SCRIPT
 from _qwquanto.results import Result, from_json
 from _qwquanto.saved import speed_change
 from _qwquanto.stats import (
+    counts,
     decode_rate,
     is_about_one,
     log_mean,
@@ -81,16 +83,20 @@ def builds_ratio(groups: list[list[list[float]]]) -> tuple[float, tuple[float, f
     On the logarithms of the processes' means, so that what differs between processes is in it as it was. Each
     build is a list of processes, each of these a list of its runs' rates.
     """
-    means = [[math.exp(statistics.fmean(map(math.log, rates))) for rates in build] for build in groups]
+    means = [[statistics.geometric_mean(rates) for rates in build] for build in groups]
     (first, first_error), (second, second_error) = map(log_mean, means)
     low, high = welch(second - first, [first_error, second_error])
     return math.exp(second - first), (math.exp(low), math.exp(high))
 
 
 def report(kind: str, builds: list[list[Result]]) -> None:
-    """The figures of one kind of runs, of one build or two."""
+    """The figures of one kind of runs, of one build or two; of processes with two runs that count."""
     compiled = kind == "compiled"
     runs = lambda r: r.compiled.runs if compiled else r.runs
+    every = sum(map(len, builds))
+    builds = [[r for r in results if sum(map(counts, runs(r))) > 1] for results in builds]
+    if left_out := every - sum(map(len, builds)):
+        print(f"{kind}: {left_out} of {every} processes left out, whose runs were disturbed or too short")
     for number, results in enumerate(builds, 1):
         for r in results:
             host_s = r.compiled.host_s if compiled else r.host_s

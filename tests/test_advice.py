@@ -91,12 +91,12 @@ def test_where_bf16_does_not_fit_the_smallest_that_keeps_the_answers_is_taken():
     assert told(failed, int8, int4) == (
         "[bold green]Take int8[/]: bf16 does not fit (2.00 GiB of weights in 1.90 GiB). It is the most"
         " precise one that ran (1.10 GiB of weights, 45.0 % saved, decode 11.0 tokens/s); nothing smaller is"
-        " certain to keep its answers. For longer contexts, with other answers: int4 (0.700 GiB, KL 0.200"
+        " certain to keep its answers. Smaller, but with changed answers: int4 (0.700 GiB, KL 0.200"
         " ±0.0001)."
     )
     float8 = result("float8", (9, 9), 0.01, stored=int(1.1 * GIB), **fits)
     four = told(failed, int8, float8, int4)
-    assert "is certain to keep its answers. As small: float8 9.00 tokens/s. For longer contexts" in four
+    assert "is certain to keep its answers. Equally small: float8, 9.00 tokens/s. Smaller, but" in four
     broken = replace(int4, quality=quality(3.0, reference="int8"))
     assert told(failed, int8, broken).endswith("certain to keep its answers.")
     close = replace(int4, quality=quality(0.01, reference="int8"))

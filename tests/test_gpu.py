@@ -306,7 +306,7 @@ def test_compiled_logits_are_quantos(tiny, weights):
     error = ((found - eager).norm() / eager.norm()).item()
     print(f"| compiled {weights}: 1 + relative error of the logits | {1 + error:.4f} | 1 | |", flush=True)
     assert compiled.way == SCRIPT_STEP and compiled.graphs == 4 and graphs_compiled() == graphs
-    assert 0 < compiled.step_s < 0.1
+    assert 0 < compiled.replay_s(40) < 0.1
     assert clear.any() and (found.argmax(-1) == eager.argmax(-1))[clear].all() and error < 0.02
     # the next step is under way when an end token is found: it leaves no trace
     whole = {"max_new_tokens": 30, "pad_token_id": 0, "do_sample": False} | compiled.options

@@ -26,7 +26,7 @@ from results import (
 
 from _qwquanto.claims import speed_verdict
 from _qwquanto.console import render
-from _qwquanto.report import energy_lines, speed_table
+from _qwquanto.report import energy_lines, runs_table, speed_table
 from _qwquanto.results import Benchmark, from_json, to_json
 from _qwquanto.saved import files_report, speed_change
 from _qwquanto.stats import (
@@ -40,6 +40,7 @@ from _qwquanto.stats import (
     ratio_interval,
     speed_interval,
     student_t,
+    utilization,
     waits_for_host,
 )
 from _qwquanto.verdicts import comparability_warnings, fastest, recommendation, warnings_for
@@ -216,17 +217,24 @@ def test_a_run_beside_which_others_took_a_tenth_of_the_cpu_does_not_count():
     (shown_one,) = on_one_basis([disturbed])
     assert decode_rate(shown_one.runs) == pytest.approx(23.8)
     assert "medians of 3 runs" in shown(speed_table([shown_one]))
+    assert utilization(disturbed, disturbed.runs) == utilization(disturbed, quiet)
     (line,) = warnings_for(disturbed)
-    assert line.startswith("Other programs used up to 30 % of the processor beside 1 of 4 eager runs, which")
+    assert line.startswith(
+        "Beside some eager runs other programs used over 10 % of the processor: those runs"
+    )
+    assert "length, disturbed" in shown(runs_table(disturbed))
     little = replace(disturbed, runs=[*quiet, run(5.4, others_cpu=0.09)])
-    assert "Other programs" not in " ".join(warnings_for(little))
+    assert "other programs" not in " ".join(warnings_for(little))
     # a test suite beside all of them: a rate to see, and no verdict
     lost = result("int8", runs=[run(rate, others_cpu=0.5) for rate in (1.3, 2.1, 2.7)])
     assert speed_interval(lost, base) is None and decode_rate(on_one_basis([lost, base])[0].runs) == 2.1
     assert named(base, lost).endswith("; two undisturbed runs of 32 tokens each would tell the fastest.")
-    assert (
-        "3 of 3 eager runs" in warnings_for(lost)[0] and "Fewer than two eager runs" in warnings_for(lost)[1]
+    told = warnings_for(lost)
+    assert told[0].startswith(
+        "Beside all eager runs other programs used over 10 % of the processor: the speeds"
     )
+    assert "Fewer than two eager runs" in told[1]
+    assert "Unsteady: the speed of int8, see below." in " ".join(recommendation([base, lost]))
 
 
 def test_memory_and_host_are_no_two_excuses_but_the_larger_one():
@@ -438,9 +446,12 @@ def interval_of(file, name, other, kind="runs"):
     within = [statistics.variance(log) / len(log) for log in logs]
     device = rows[name]["devices"][0].split(":")[0]
     known = {("runs", "cpu"): 0.025, ("runs", "cuda"): 0.07, ("compiled", "cuda"): 0.009}
-    between = [max(known.get((kind, device), 0.03), statistics.stdev(log)) for log in logs]
+    least = known.get((kind, device), 0.03)
+    between = [max(least, statistics.stdev(log)) for log in logs]
+    of_runs = [(sd**2, log) for sd, log in zip(between, logs, strict=True) if sd > least]
     error = sum(within) + sum(sd**2 for sd in between)
-    freedom = error**2 / sum(v**2 / (len(log) - 1) for v, log in zip(within, logs, strict=True))
+    terms = [*zip(within, logs, strict=True), *of_runs]
+    freedom = error**2 / sum(v**2 / (len(log) - 1) for v, log in terms)
     half = (t_quantile(freedom) if freedom < 200 else 1.96) * math.sqrt(error)
     center = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
     ends = [center - half, center + half]
@@ -449,7 +460,7 @@ def interval_of(file, name, other, kind="runs"):
     if all(r["host_s"] for r in pair) and any(waits):
         hosts = [[math.log(seconds) for seconds in r["host_s"]] for r in pair]
         more = [statistics.variance(log) / len(log) for log in hosts]
-        terms = [*zip(within, logs, strict=True), *zip(more, hosts, strict=True)]
+        terms += zip(more, hosts, strict=True)
         error += sum(more)
         freedom = error**2 / sum(v**2 / (len(log) - 1) for v, log in terms)
         half = (t_quantile(freedom) if freedom < 200 else 1.96) * math.sqrt(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class CompiledDecode:
     way: str
     graphs: int
     options: dict[str, Any]  # what generate() needs besides its own
-    step_s: float | None = None  # that a GPU needs for a step, replayed as a CUDA graph; None elsewhere
+    replay_s: Callable[[int], float] | None = None  # DecodeStep's, where CUDA graphs are replayed
 
 
 def static_cache(model: Any, max_tokens: int) -> StaticCache:
@@ -151,12 +152,11 @@ def prepare_compiled_decode(model: Any, max_tokens: int) -> CompiledDecode:
         raise Failure(f"torch.compile compiled nothing of this model: {LEAVE_OUT}")
     if step and not step.agrees():  # a difference between two layers that `region_key` does not see
         raise Failure(f"compiled, this model answers otherwise: {LEAVE_OUT}")
-    step_s = None
+    way, replay_s = SCRIPT_STEP if step else STATIC_CACHE, None
     if step and model.device.type == "cuda":
         step.capture_graphs()
-        step_s = step.replay_s()
-    way = SCRIPT_STEP if step else STATIC_CACHE
-    return CompiledDecode(way, graphs_compiled() - before, options, step_s)
+        replay_s = step.replay_s
+    return CompiledDecode(way, graphs_compiled() - before, options, replay_s)
 
 
 def compile_decode(model: Any, max_tokens: int) -> dict[str, Any]:

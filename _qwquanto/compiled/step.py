@@ -297,10 +297,11 @@ class DecodeStep:
                 output = self.step(bucket)
             self.graphs[size] = graph, output
 
-    def replay_s(self, times: int = 20) -> float:
-        """Seconds that the GPU needs for a step: of replays in a row, none of which waits for the host."""
-        graph, _ = self.graphs[BUCKET_TOKENS]
-        self.position.fill_(BUCKET_TOKENS - 1)
+    def replay_s(self, length: int, times: int = 20) -> float:
+        """Seconds that the GPU needs for a step after `length` tokens: of replays in a row."""
+        size = -(-length // BUCKET_TOKENS) * BUCKET_TOKENS
+        graph, _ = self.graphs[size]
+        self.position.fill_(length - 1)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         graph.replay()
         start.record()

@@ -64,12 +64,23 @@ def choose_devices(wanted: str) -> tuple[list[str], list[str]]:
     raise Failure(notes[-1])
 
 
+def has_cpu_quota() -> bool:
+    """Whether a container limits how much time its programs get of all processors (docker --cpus)."""
+    for file, unlimited in (("cpu.max", "max"), ("cpu/cpu.cfs_quota_us", "-1")):
+        with contextlib.suppress(OSError):
+            return Path("/sys/fs/cgroup", file).read_text().split()[:1] != [unlimited]
+    return False
+
+
 def processor_share() -> Callable[[], float | None]:
     """A function that tells which share of the processors others have used since now, from 0 to 1.
 
     Of those that this process may use; what a hypervisor gave to other machines (steal) counts as well. None
-    within a second: the system counts in hundredths.
+    within a second, since the system counts in hundredths, and in a container whose use is limited by time,
+    which sees the whole computer's.
     """
+    if has_cpu_quota():
+        return lambda: None
     me = psutil.Process()
     mine = me.cpu_affinity() if hasattr(me, "cpu_affinity") else range(psutil.cpu_count())
 
@@ -151,9 +162,8 @@ def throttle_reasons(handles: dict[str, Any]) -> set[str]:
 def host_yardstick(device: str) -> Callable[[], float]:
     """A function that takes the seconds of a fixed job, which tell how fast the host of a device is now.
 
-    As in decode: a product of a vector and a matrix, which all threads of a CPU share, and many small
-    operations after it, whose calls from Python take the time. Of three jobs tried on a busy CPU, rates
-    followed this one best. Some 40 ms: less fits between two turns of another program.
+    As in decode: a product of a vector and a matrix, and many small operations after it, whose calls from
+    Python take the time. Some 40 ms: less fits between two turns of another program.
     """
     functional = torch.nn.functional
     vector, matrix = torch.ones(1, 1024, device=device), torch.ones(1024, 1024, device=device)

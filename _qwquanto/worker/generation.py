@@ -8,7 +8,6 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +28,7 @@ WARMUP_TOKENS, WARMUP_S = 16, 5
 PREFILL_TOKENS, PREFILL_S = 512, 10  # as llama-bench's pp512; seconds after which it is measured no more
 PREFILLS, PREFILLS_ON_GPU = 4, 12  # at most, the first of which does not count: a GPU's host varies
 TOKENS_AFTER_PREFILL = 8  # decoded after each of those prompts
+HOST_BUSY = 0.2  # share of a GPU's host that other programs may use before it deserves a note
 PLANNED_TOKENS = 24  # to see what cuDNN's attention costs: two seconds
 TORCH_COMPILE_S = 300  # that torch.compile(model) may be silent, for the day when it compiles
 
@@ -143,17 +143,11 @@ def generate(
     return new, times[: len(new)], latency_s
 
 
-def others_on_cpu(bench: Bench) -> Callable[[], float | None]:
-    """See `processor_share`; a GPU's host has processors to spare, so None there."""
-    return processor_share() if bench.devices == ["cpu"] else lambda: None
-
-
 def run_once(bench: Bench, seed: int, title: str, warm_up: bool = False) -> Run:
     """One timed generation of the question; a warm-up ends early, after WARMUP_TOKENS and WARMUP_S."""
     s = bench.settings
     timeout_s, least = (WARMUP_S, WARMUP_TOKENS) if warm_up else (s.max_seconds, 0)
     torch.manual_seed(seed)
-    others = others_on_cpu(bench)
     energy = energy_j(bench.handles)
     new, times, latency_s = generate(bench, title, timeout_s, least, **generation_options(bench))
     spent = {d: now - energy[d] for d, now in energy_j(bench.handles).items() if d in energy}
@@ -169,7 +163,6 @@ def run_once(bench: Bench, seed: int, title: str, warm_up: bool = False) -> Run:
         tokens_per_s=len(new) / latency_s,
         inter_token_s=[b - a for a, b in itertools.pairwise(times)],
         energy_j=spent or None,
-        others_cpu=others(),
         text=bench.tokenizer.decode(new, skip_special_tokens=True) if bench.tokenizer else "",
     )
 
@@ -188,24 +181,33 @@ def timed_runs(bench: Bench, result: Result, target: Result | Compiled, count: i
     runs = target.runs
     if target is not result:
         kind = "compiled "
-    yardstick = host_yardstick(bench.devices[0]) if bench.devices != ["cpu"] else None
+    on_cpu = bench.devices == ["cpu"]
+    yardstick = None if on_cpu else host_yardstick(bench.devices[0])
     target.host_s += [yardstick()] if yardstick else []
+    beside_all = processor_share()
     with peak_memory(bench.devices, bench.handles, target.throttled) as peak:
         for i in range(count):
             left = duration((count - i) * median(r.latency_s for r in runs)) + " to go, " if runs else ""
             name = f"{kind}run {i + 1} of {count}"
+            beside = processor_share()
             run = run_once(bench, bench.settings.seed + i, left + name)
             runs.append(run)
+            run.others_cpu = beside() if on_cpu else None
+            for short in (r for r in runs if on_cpu and r.others_cpu is None):  # a run of less than a second
+                short.others_cpu = beside_all()
             target.host_s += [yardstick()] if yardstick else []
             result.memory["peak of runs" if target is result else "peak of compiled runs"] = peak()
             target.bandwidth_utilization = utilization(result, runs)
             save(result)
             tokens, rate = plural(run.generated_tokens, "token"), format_3g(run.decode_tokens_per_s)
             log(f"{name}: {tokens}, {rate} tokens/s, {run.latency_s:.1f} s")
+    if not on_cpu and (beside_all() or 0) > HOST_BUSY:
+        used = f"other programs used over {100 * HOST_BUSY:.0f} % of the host's processors"
+        result.notes.append(f"{used} during the {kind}runs, which may be too slow by it")
 
 
 def measure_prefill(bench: Bench, result: Result) -> None:
-    """Tokens/s of prefill: random ids, PREFILLS times, of which the first does not count; fewer if long.
+    """Tokens/s of prefill: random ids, PREFILLS times or fewer, of which the first does not count.
 
     Each goes on for some tokens, sampled as in the runs, where the model has room, and so does the question
     right after it: how much slower decoding is after a long prompt. Only in turn do the two tell that: a host
@@ -221,7 +223,7 @@ def measure_prefill(bench: Bench, result: Result) -> None:
     options["max_new_tokens"] = int(min(1 + TOKENS_AFTER_PREFILL, longest - tokens, bench.positions_left))
     ids = torch.randint(10, config.vocab_size - 10, (1, tokens)).to(bench.prompt.device)
     begin = time.perf_counter()
-    others = others_on_cpu(bench)
+    beside = processor_share()
     with peak_memory(bench.devices, bench.handles) as peak:
         while not rates or (len(rates) < most and time.perf_counter() - begin < PREFILL_S):
             title = f"prefill of {tokens} tokens"
@@ -233,9 +235,9 @@ def measure_prefill(bench: Bench, result: Result) -> None:
                 after.append((len(times) - 1) / (times[-1] - times[0]))
                 _, times, _ = generate(bench, "decoding after the question", **options)
                 ratios.append(after[-1] * (times[-1] - times[0]) / (len(times) - 1))
-    if (share := others() or 0) > DISTURBED:
-        used = f"other programs used {100 * share:.0f} % of the processor"
-        result.notes.append(f"{used} while prefill was measured: it may be faster")
+    if bench.devices == ["cpu"] and (beside() or 0) > DISTURBED:
+        used = f"other programs used over {100 * DISTURBED:.0f} % of the processor"
+        result.notes.append(f"{used} while prefill was measured, which may be too slow by it")
     result.prefill_rates = rates[1:] or rates
     result.prefill_tokens, result.prefill_tokens_per_s = tokens, median(result.prefill_rates)
     result.decode_after_prefill_tokens_per_s = median(after[1:] or after)

@@ -148,10 +148,12 @@ def measure_compiled(bench: Bench, result: Result, reference: Path | None) -> No
         bench.compiled = prepare_compiled_decode(bench.model, longest)
         seconds = time.perf_counter() - begin
         made = bench.compiled
-        result.compiled = Compiled(made.way, seconds, made.graphs, step_s=made.step_s)
+        result.compiled = Compiled(made.way, seconds, made.graphs)
         save(result)
     with step("running the compiled model"):
         result.compiled.warmup, graphs = warmup_runs(bench), graphs_compiled()
+        if made.replay_s:  # after the warm-up, in the middle of a run
+            result.compiled.step_s = made.replay_s(bench.prompt.shape[1] + bench.new_tokens // 2)
         timed_runs(bench, result, result.compiled, s.runs)
         result.compiled.recompilations = graphs_compiled() - graphs
     if reference:

@@ -137,9 +137,10 @@ def test_the_time_of_a_step_is_that_of_replays_in_a_row(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     step = DecodeStep.__new__(DecodeStep)
     step.position = torch.zeros(1, dtype=torch.long)
-    step.graphs = {256: (types.SimpleNamespace(replay=lambda: done.append("replay")), None)}
-    assert step.replay_s(times=4) == 0.01 / 4
-    assert done == ["replay", "record", *["replay"] * 4, "record", "wait"] and step.position.item() == 255
+    graph = types.SimpleNamespace(replay=lambda: done.append("replay"))
+    step.graphs = {512: (graph, None)}
+    assert step.replay_s(300, times=4) == 0.01 / 4
+    assert done == ["replay", "record", *["replay"] * 4, "record", "wait"] and step.position.item() == 299
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 512])

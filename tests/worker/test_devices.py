@@ -86,6 +86,7 @@ def test_what_other_programs_use_of_the_processors_is_all_that_is_used_but_by_th
     monkeypatch.setattr(psutil, "Process", lambda: me)
     monkeypatch.setattr(psutil, "cpu_times", lambda percpu: [busy[i] for i in range(3)])
     monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(devices, "has_cpu_quota", lambda: False)
     share = processor_share()
     clock[0] += 0.5
     assert share() is None, "the system counts in hundredths of a second"
@@ -99,6 +100,29 @@ def test_what_other_programs_use_of_the_processors_is_all_that_is_used_but_by_th
     assert share() == pytest.approx((7 + 8) / 20)
     own[0] = 500.0
     assert share() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("files", "limited"),
+    [
+        ({"cpu.max": "max 100000"}, False),
+        ({"cpu.max": "200000 100000"}, True),
+        ({"cpu/cpu.cfs_quota_us": "-1"}, False),
+        ({"cpu/cpu.cfs_quota_us": "200000"}, True),
+        ({}, False),
+    ],
+)
+def test_in_a_container_whose_use_is_limited_by_time_others_are_unknown(
+    monkeypatch, tmp_path, files, limited
+):
+    """It sees what all programs of the whole computer use."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(devices, "Path", lambda folder, name: tmp_path / name)
+    assert devices.has_cpu_quota() == limited
+    if limited:
+        assert processor_share()() is None
 
 
 def test_a_peak_is_of_its_block_alone(monkeypatch):

@@ -108,12 +108,46 @@ def test_the_yardstick_is_a_fixed_number_of_products_between_two_synchronization
     assert calls == [["cpu"], *["product"] * 250, ["cpu"]]
 
 
-@pytest.mark.parametrize(("way", "step_s"), [(SCRIPT_STEP, 0.002), (SCRIPT_STEP, None), (STATIC_CACHE, None)])
-def test_what_a_gpu_needs_for_a_compiled_step_is_kept(monkeypatch, way, step_s):
-    monkeypatch.setattr(measure, "prepare_compiled_decode", lambda *_: CompiledDecode(way, 3, {}, step_s))
-    for name in ("timed_runs", "save", "log"):
+@pytest.mark.parametrize(
+    ("way", "on_gpu"), [(SCRIPT_STEP, True), (SCRIPT_STEP, False), (STATIC_CACHE, False)]
+)
+def test_what_a_gpu_needs_for_a_compiled_step_is_measured_warm_in_the_middle_of_a_run(
+    monkeypatch, way, on_gpu
+):
+    order = []
+    replay_s = (lambda length: order.append(length) or 0.002) if on_gpu else None
+    monkeypatch.setattr(measure, "prepare_compiled_decode", lambda *_: CompiledDecode(way, 3, {}, replay_s))
+    for name in ("save", "log"):
         monkeypatch.setattr(measure, name, lambda *_: None)
-    monkeypatch.setattr(measure, "warmup_runs", lambda *_: [])
+    monkeypatch.setattr(measure, "warmup_runs", lambda *_: order.append("warm-up") or [])
+    monkeypatch.setattr(measure, "timed_runs", lambda *_: order.append("runs"))
     mine, r = bench(FakeModel(None, [])), Result(settings())
+    mine.prompt, mine.new_tokens = torch.ones(1, 10, dtype=torch.long), 64
     measure.measure_compiled(mine, r, None)
-    assert (r.compiled.way, r.compiled.step_s) == (way, step_s)
+    assert (r.compiled.way, r.compiled.step_s) == (way, 0.002 if on_gpu else None)
+    assert order == ["warm-up", *[42] * on_gpu, "runs"]
+
+
+def test_what_others_use_is_told_of_each_run_on_a_cpu_and_noted_of_a_gpus_host(monkeypatch):
+    """A run within a second takes the share of all runs so far: the system's clock is too coarse for it."""
+    shares = iter([0.3, None, 0.0])
+
+    def processor_share():
+        started.append(len(started))
+        return (lambda: 0.25) if len(started) == 1 else lambda: next(shares)
+
+    monkeypatch.setattr(generation, "processor_share", processor_share)
+    monkeypatch.setattr(generation, "run_once", lambda *_: run())
+    monkeypatch.setattr(generation, "host_yardstick", lambda device: lambda: 0.05)
+    monkeypatch.setattr(generation, "peak_memory", lambda *_: contextlib.nullcontext(dict))
+    for name in ("save", "log"):
+        monkeypatch.setattr(generation, name, lambda *_: None)
+    mine, r, started = bench(FakeModel(None, [])), Result(settings()), []
+    generation.timed_runs(mine, r, r, 3)
+    assert [one.others_cpu for one in r.runs] == [0.3, 0.25, 0.0] and r.notes == []
+    shares, mine.devices, started, r = iter([0.3] * 3), ["mps"], [], Result(settings())
+    generation.timed_runs(mine, r, r, 3)
+    assert [one.others_cpu for one in r.runs] == [None] * 3
+    assert r.notes == [
+        "other programs used over 20 % of the host's processors during the runs, which may be too slow by it"
+    ]
