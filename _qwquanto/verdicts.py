@@ -147,7 +147,7 @@ def instability(
     (rates,) = rates_over_shared_prefix(runs)
     even = beside_one_host(rates, host_s)
     if is_warming_up(rates) and is_warming_up(even):
-        found.append(f"The {kind} runs are still warming up, each faster than before: more WARMUP_RUNS.")
+        found.append(f"The {kind} runs rise, each faster than the one before: still warming up? Try more WARMUP_RUNS.")
     elif variation > UNSTABLE:
         # no figure in the text (the table has it): precisions with the same warning share a line
         explained = statistics.stdev(even) / statistics.fmean(even) < variation / 2
