@@ -119,10 +119,10 @@ def takes_less(r: Result, base: Result) -> bool:
 def question_s(r: Result) -> float | None:
     """Seconds for a prompt of 512 tokens and an answer of 128, eager, by the rates of both.
 
-    Decoding is slower after a long prompt: by what was measured in turn, where it is known. A model that
-    takes fewer tokens has no such prompt.
+    Decoding is slower after a long prompt: by what was measured in turn, where it is known; faster it is by
+    chance alone. A model that takes fewer tokens has no such prompt.
     """
-    rate = (decode_rate(r.runs) or 0) * (r.decode_after_prefill_ratio or 1)
+    rate = (decode_rate(r.runs) or 0) * min(1.0, r.decode_after_prefill_ratio or 1.0)
     if not rate or not r.prefill_tokens_per_s or r.prefill_tokens != 512:
         return None
     return 512 / r.prefill_tokens_per_s + 127 / rate
@@ -196,6 +196,8 @@ def take_smaller(best: Result, base: Result) -> str:
         interval = speed_interval(best, base)
         unsure = "about as fast" if is_about_one(interval) else "which decodes faster is not certain"
         line += f"; {unsure}{interval_text(interval, format_3g)}"
+    if device_peak(best) and device_peak(base) and not takes_less(best, base):
+        line += f". The program took no less memory, {memory_text(best)} against {memory_text(base)}"
     return line + "."
 
 

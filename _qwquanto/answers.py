@@ -39,6 +39,7 @@ def quality_title(results: list[Result], judged: list[Quality]) -> str:
     of, tokens = results[0].settings.quality_text, plural(max(q.positions for q in judged), "token")
     title = f"Answers against {reference_of(results)}'s, {tokens}"
     title += f" of {escape(Path(of).name)}" if of else f" of {plural(len(judged[0].kl_positions), 'prompt')}"
+    title += ", KL ± s.e."
     if not any(r.is_reference and r.name == "none" for r in results):
         title += ", the most precise one that ran"
     return title
@@ -51,9 +52,8 @@ def compiled_quality(results: list[Result]) -> list[str]:
     lines = [f"KL of the compiled step's answers: {each}."] if each else []
     for r, q in steps:
         if r.is_reference:
-            lines.append(
-                f"The floor: KL {kl_text(q)} of {r.label} compiled against itself, which is rounding."
-            )
+            both = f"{r.label} compiled against {r.label} eager"
+            lines.append(f"The floor: KL {kl_text(q)} of {both}, which is rounding.")
     return lines
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from _qwquanto import sheet as paper
-from _qwquanto.panels import Answer, Bar, Row, answers_panel, bar_panel, heading, rule
+from _qwquanto.fit import peak_bytes
+from _qwquanto.panels import FAR, Answer, Bar, Row, answers_panel, bar_panel, heading, rule
 from _qwquanto.results import Benchmark, Compiled, Result
 from _qwquanto.sheet import GREY, MARGIN, TEXT, TITLE, WIDTH, Sheet, box, paragraph, put, width
 from _qwquanto.stats import (
@@ -25,7 +26,6 @@ from _qwquanto.stats import (
     decode_rate,
     kl_interval,
     on_one_basis,
-    peak_bytes,
 )
 from _qwquanto.text import format_3g, gib
 
@@ -132,7 +132,7 @@ def remarks(sheet: Sheet, benchmarks: list[Benchmark]) -> list[str]:
     if any(text.get_text().startswith("→") for text in sheet.axes.texts):
         found.append("→: the limit or peak lies outside the picture")
     if any(r.compiled or r.settings.compile for r in results):
-        found.append("Pale: eager")
+        found.append("Pale: eager. Compiled: this script's own step, not Quanto's")
     if any(r.devices == ["cpu"] for r in results):
         found.append("RSS: of the whole process, with libraries and freed memory")
     for benchmark in benchmarks:
@@ -200,8 +200,11 @@ def fill(sheet: Sheet, names: list[str], benchmarks: list[Benchmark]) -> float:
     kinds = sorted({kind for size, kind in map(peak_bytes, results) if size})
     peak = f"peak of {' or '.join(kinds) or 'memory'}"
     y = heading(sheet, y, "Memory", "weights, GiB: less is better", peak)
-    y = bar_panel(sheet, y, memory)
-    said = ["Whiskers: standard deviation of the runs" + ", 95 % interval of KL" * any_judged(results)]
+    y = bar_panel(sheet, y, memory, far=2 * FAR)  # a small model's process is large beside its weights
+    said = [
+        "Whiskers, where wide enough: standard deviation of the runs"
+        + ", 95 % interval of KL" * any_judged(results)
+    ]
     if any_judged(results):
         unit = "KL from the reference, nats: less is better"
         y = heading(sheet, y, "Answers", unit, "verdict", marked=False)

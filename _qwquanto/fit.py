@@ -1,6 +1,6 @@
 """Does it fit: what a precision takes of a device's memory, and the context that another one has room for.
 
-Pure; imports results and stats.
+Pure; imports results.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 from _qwquanto.results import Result
-from _qwquanto.stats import peak_bytes
 
 USABLE = 0.95  # of a card: the rest is the driver's and the screen's
 LEAST_TOKENS = 256  # of a context that is worth being called one
@@ -35,6 +34,12 @@ def tensor_peak(r: Result, phase: str = "peak of runs") -> int | None:
     """Bytes in torch's tensors at most; None where torch keeps no count (CPU)."""
     held = [n for name, n in r.memory.get(phase, {}).items() if name.endswith("allocated")]
     return sum(held) if held else None
+
+
+def peak_bytes(r: Result) -> tuple[int | None, str]:
+    """Peak of the runs, and of what: tensors on all devices, or RSS where torch keeps no count (CPU)."""
+    tensors = tensor_peak(r)
+    return (r.memory.get("peak of runs", {}).get("rss"), "RSS") if tensors is None else (tensors, "tensors")
 
 
 def memory_taken(r: Result) -> int | None:

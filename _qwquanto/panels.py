@@ -28,7 +28,7 @@ from _qwquanto.sheet import (
 
 BAR, GAP, ROW_GAP = 21, 4, 14  # a bar; between the bars of a row; between rows
 CAP = 9  # of a whisker, which looks like a minus without it
-FAR = 3  # times a panel's largest figure: a track that ends beyond leaves the picture, as an arrow says
+FAR = 3  # times a panel's largest figure: a longer track leaves the picture, as an arrow says
 LEAST_KL = 1e-4  # nats: what is less stands at the left end of the axis
 
 
@@ -107,9 +107,9 @@ def group_name(sheet: Sheet, y: float, name: str) -> float:
 # ------------------------------------------------------------------------------------------------------- bars
 
 
-def bar_panel(sheet: Sheet, y: float, groups: list[tuple[str, list[Row]]]) -> float:
+def bar_panel(sheet: Sheet, y: float, groups: list[tuple[str, list[Row]]], far: float = FAR) -> float:
     """Rows of bars, file by file; where the next panel begins."""
-    scale = scale_of(sheet, [row for _, rows in groups for row in rows])
+    scale = scale_of(sheet, [row for _, rows in groups for row in rows], far)
     for name, rows in groups:
         y = group_name(sheet, y, name)
         for row in rows:
@@ -122,10 +122,10 @@ def words_behind(row: Row, bar: Bar) -> str:
     return " ".join(filter(None, (bar.kind, row.state if bar is row.bars[-1] else "")))
 
 
-def scale_of(sheet: Sheet, rows: list[Row]) -> float:
+def scale_of(sheet: Sheet, rows: list[Row], times: float) -> float:
     """Pixels a unit, so that bars, their figures and the tracks that end near by have room."""
     known = [(row, bar) for row in rows for bar in row.bars if bar.value]
-    far = FAR * max((bar.value for _, bar in known), default=1)
+    far = times * max((bar.value for _, bar in known), default=1)
     room, scales = sheet.right - sheet.left, []
     for row, bar in known:
         end = bar.value + bar.spread

@@ -167,7 +167,7 @@ def speed_title(results: list[Result], groups: list[list[Run]], compiled: bool) 
     tokens = max((run.generated_tokens for runs in groups for run in runs), default=0)
     over = f", first {shared} tokens" if shared > 1 else f" of up to {plural(tokens, 'token')}"
     title = next((r.compiled.way for r in results if r.compiled), "") if compiled else "Speed, eager"
-    made = "one run" if numbers == [1] else f"medians of {made}"
+    made = "one run" if numbers == [1] else f"median ± s.d. of {made}"
     return f"{title[:1].upper()}{title[1:]}: {made}{over}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from _qwquanto.channel import Failure
 from _qwquanto.chart import save_chart
 from _qwquanto.console import escape, render, save_report, table
+from _qwquanto.fit import peak_bytes
 from _qwquanto.report import alerts, hardware, report, row_label
 from _qwquanto.results import Benchmark, Result, from_json
 from _qwquanto.stats import (
@@ -19,7 +20,6 @@ from _qwquanto.stats import (
     kl_difference,
     kl_interval,
     on_one_basis,
-    peak_bytes,
     speed_interval,
 )
 from _qwquanto.text import format_3g, gib, kl_text, plural, rate_text

@@ -89,7 +89,7 @@ def line(sheet: Sheet, xs: tuple[float, float], ys: tuple[float, float], colour:
 
 
 def dot(sheet: Sheet, x: float, y: float, colour: str) -> None:
-    sheet.axes.plot([x], [y], "o", color=colour, markersize=10)
+    sheet.axes.plot([x], [y], "o", color=colour, markersize=8)
 
 
 def make(fill: Callable[[Sheet], float]) -> Any:

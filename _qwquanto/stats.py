@@ -330,13 +330,6 @@ def saving(r: Result) -> float | None:
     return 1 - r.weight_bytes / r.unquantized_bytes if r.weight_bytes and r.unquantized_bytes else None
 
 
-def peak_bytes(r: Result) -> tuple[int | None, str]:
-    """Peak of the runs, and of what: tensors on all devices, or RSS where torch keeps no count (CPU)."""
-    peak = r.memory.get("peak of runs", {})
-    allocated = [n for name, n in peak.items() if name.endswith("allocated")]
-    return (sum(allocated), "tensors") if allocated else (peak.get("rss"), "RSS")
-
-
 def is_float32(r: Result) -> bool:
     """Whether the unquantized model has 32 bits a parameter."""
     return bool(r.parameters and r.unquantized_bytes > 3 * r.parameters)

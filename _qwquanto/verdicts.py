@@ -147,7 +147,9 @@ def instability(
     (rates,) = rates_over_shared_prefix(runs)
     even = beside_one_host(rates, host_s)
     if is_warming_up(rates) and is_warming_up(even):
-        found.append(f"The {kind} runs rise, each faster than the one before: still warming up? Try more WARMUP_RUNS.")
+        found.append(
+            f"The {kind} runs rise, each faster than the one before: still warming up? Try more WARMUP_RUNS."
+        )
     elif variation > UNSTABLE:
         # no figure in the text (the table has it): precisions with the same warning share a line
         explained = statistics.stdev(even) / statistics.fmean(even) < variation / 2
@@ -235,10 +237,14 @@ def recommendation(results: list[Result]) -> list[str]:
     if worse:
         each = "; ".join(f"{', '.join(labels)} {said}" for said, labels in worse.items())
         lines[-1] += f" Answers against {reference_of(results)}'s: {each}."
-    shaky = lambda r: (coefficient_of_variation(r.runs) or 0) > UNSTABLE or all(map(is_disturbed, r.runs))
-    unsteady = [r.label for r in done if shaky(r)]
-    if unsteady:
-        lines.append(f"[bold yellow]Unsteady: the speed of {', '.join(unsteady)}, see below.[/]")
+    shaky = lambda runs: (coefficient_of_variation(runs) or 0) > UNSTABLE or all(map(is_disturbed, runs))
+    unsteady = {
+        "eager": [r.label for r in done if shaky(r.runs)],
+        "compiled": [r.label for r in done if r.compiled and r.compiled.runs and shaky(r.compiled.runs)],
+    }
+    if any(unsteady.values()):
+        each = "; ".join(f"{kind} {', '.join(labels)}" for kind, labels in unsteady.items() if labels)
+        lines.append(f"[bold yellow]Unsteady speeds: {each}; see below.[/]")
     if left_out := [r.label for r in results if not r.eager_complete]:
         lines.append(f"[bold yellow]Not measured to the end, so left out here: {', '.join(left_out)}.[/]")
     return lines

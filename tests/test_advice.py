@@ -73,6 +73,9 @@ def test_what_saves_no_memory_is_not_taken_for_it():
     assert "Take int8" in told(base, smaller)
     faster = replace(int8, runs=runs(30, 30))
     assert "Take int8" in told(base, faster), "it is faster"
+    assert told(base, faster).endswith(" The program took no less memory, 3.00 GiB against 3.00 GiB.")
+    lean = replace(faster, memory={"peak of runs": {"rss": 2 * GIB}})
+    assert "no less memory" not in told(base, lean)
     # as SmolLM2's int8 on a CPU: faster decoding, slow prompts, more memory
     slow = replace(faster, prefill_tokens_per_s=50.0, decode_after_prefill_ratio=25 / 30)
     base = replace(base, prefill_tokens_per_s=500.0)

@@ -28,11 +28,12 @@ from results import (
 )
 
 from _qwquanto import chart, sheet
+from _qwquanto.fit import peak_bytes
 from _qwquanto.report import print_report
 from _qwquanto.results import Benchmark, Result, from_json, to_json, write_results
 from _qwquanto.saved import show
 from _qwquanto.settings import PRECISIONS
-from _qwquanto.stats import answer_quality, decode_rate, peak_bytes
+from _qwquanto.stats import answer_quality, decode_rate
 from _qwquanto.text import format_3g, gib
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing from font")

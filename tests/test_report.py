@@ -74,8 +74,9 @@ def test_the_reference_is_named_where_it_is_not_the_unquantized_model():
         result("int8", is_reference=True, compare=("int8", "int4")),
         result("int4", kl=0.2, compare=("int8", "int4")),
     ]
-    assert "### Answers against int8's, 200 tokens of 16 prompts, the most precise one that ran\n" in piped(
-        Benchmark(made)
+    assert (
+        "### Answers against int8's, 200 tokens of 16 prompts, KL ± s.e., the most precise one that ran\n"
+        in piped(Benchmark(made))
     )
     assert "most precise" not in piped(BENCHMARKS["comparison"])
 
@@ -89,7 +90,7 @@ def test_an_answer_is_shown_in_one_line_as_it_is_and_cut():
 def test_figures_of_runs_are_of_those_made():
     shown = piped(BENCHMARKS["interrupted"])
     assert (
-        "medians of 1 to 2 runs, first 40 tokens" in shown
+        "median ± s.d. of 1 to 2 runs, first 40 tokens" in shown
         and "! Interrupted" in shown
         and "| int8 …" in shown
     )
@@ -158,7 +159,7 @@ def test_the_users_text_has_its_perplexities():
     reference = result("none", settings=replace(s, weights=None))
     int8 = result("int8", settings=s, quality=quality(0.004, perplexity=12.94, reference_perplexity=12.31))
     told = shown(reference, int8)
-    assert "### Answers against bf16's, 200 tokens of mine.txt\n" in told
+    assert "### Answers against bf16's, 200 tokens of mine.txt, KL ± s.e.\n" in told
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if "±0.0001" in line
     ]
@@ -168,5 +169,5 @@ def test_the_users_text_has_its_perplexities():
 
 def test_the_floor_is_told_where_the_reference_was_compiled():
     told = shown(*compiled_comparison())
-    assert "The floor: KL 0.000200 ±0.0001 of bf16 compiled against itself, which is rounding.\n" in told
+    assert "The floor: KL 0.000200 ±0.0001 of bf16 compiled against bf16 eager, which is rounding.\n" in told
     assert "KL of the compiled step's answers: int8 0.00400" in told

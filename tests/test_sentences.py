@@ -16,6 +16,8 @@ def test_a_long_question_is_computed_from_both_rates():
     assert question_s(r) == pytest.approx(2 + 12.7)
     slowed = replace(r, decode_after_prefill_tokens_per_s=3.0, decode_after_prefill_ratio=0.5)
     assert question_s(slowed) == pytest.approx(2 + 25.4)
+    by_chance = replace(r, decode_after_prefill_ratio=1.2)
+    assert question_s(by_chance) == question_s(r), "a longer context makes nothing faster"
     assert (
         question_s(replace(r, prefill_tokens_per_s=None)) is None and question_s(replace(r, runs=[])) is None
     )

@@ -67,7 +67,7 @@ def test_medians_spreads_and_ratios_rest_on_the_tokens_that_all_rows_reached():
     int8 = result("int8", runs=[falling(20, 200), falling(20, 200)], compare=("none", "int8"))
     int8.runs = [replace(r, decode_tokens_per_s=12.0) for r in int8.runs]  # of the whole runs
     table = shown(speed_table(on_one_basis([base, int8])))
-    assert "medians of 2 runs, first 40 tokens" in table
+    assert "median ± s.d. of 2 runs, first 40 tokens" in table
     assert "| int8    | ████ 20.0 ±0.0 |     1.00 |" in table
     assert int8.runs[0].decode_tokens_per_s == 12.0 and len(int8.runs[0].inter_token_s) == 199
 
@@ -100,7 +100,7 @@ def test_there_is_no_ratio_below_32_tokens():
 
     assert speed_up(32) == ["1.00", "1.00"] and speed_up(31) == ["–", "1.00"]
     few = [result(name, runs=[run(10, 31)] * 2) for name in ("none", "int8")]
-    assert "first" not in shown(speed_table(few)) and "medians of 2 runs of up to 31 tokens" in shown(
+    assert "first" not in shown(speed_table(few)) and "median ± s.d. of 2 runs of up to 31 tokens" in shown(
         speed_table(few)
     )
 
@@ -216,7 +216,7 @@ def test_a_run_beside_which_others_took_a_tenth_of_the_cpu_does_not_count():
     assert speed_interval(disturbed, base) == speed_interval(replace(disturbed, runs=quiet), base)
     (shown_one,) = on_one_basis([disturbed])
     assert decode_rate(shown_one.runs) == pytest.approx(23.8)
-    assert "medians of 3 runs" in shown(speed_table([shown_one]))
+    assert "median ± s.d. of 3 runs" in shown(speed_table([shown_one]))
     assert utilization(disturbed, disturbed.runs) == utilization(disturbed, quiet)
     (line,) = warnings_for(disturbed)
     assert line.startswith(
@@ -234,7 +234,7 @@ def test_a_run_beside_which_others_took_a_tenth_of_the_cpu_does_not_count():
         "Beside all eager runs other programs used over 10 % of the processor: the speeds"
     )
     assert "Fewer than two eager runs" in told[1]
-    assert "Unsteady: the speed of int8, see below." in " ".join(recommendation([base, lost]))
+    assert "Unsteady speeds: eager int8; see below." in " ".join(recommendation([base, lost]))
 
 
 def test_memory_and_host_are_no_two_excuses_but_the_larger_one():

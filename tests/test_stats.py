@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from results import quality, result, run, runs
 
+from _qwquanto.fit import peak_bytes
 from _qwquanto.stats import (
     coefficient_of_variation,
     deviation,
@@ -16,7 +17,6 @@ from _qwquanto.stats import (
     median,
     meets,
     pace,
-    peak_bytes,
     percentile,
     rates_over_shared_prefix,
     ratio_interval,

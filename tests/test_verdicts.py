@@ -240,7 +240,7 @@ def test_the_compiled_step_stands_beside_eager():
 
 
 def test_a_recommendation_names_the_speeds_that_are_uncertain():
-    assert "Unsteady: the speed of int8, see below" in advice(result("none"), result("int8", (5, 10)))
+    assert "Unsteady speeds: eager int8; see below" in advice(result("none"), result("int8", (5, 10)))
     assert "see below" not in advice(result("none"), result("int8"))
 
 
