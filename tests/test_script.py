@@ -152,7 +152,7 @@ def test_a_comparison_with_the_compiled_step(script, tiny):
         assert {"peak of runs", "peak of compiled runs"} <= set(r["memory"])
     assert int8["torch_compile_graphs"] == 0 and none["torch_compile_graphs"] is None
     assert "no effect: 0 graphs" in ended.out
-    assert "### This script's compiled decode step: medians" in ended.out
+    assert "### This script's compiled decode step: median" in ended.out
     assert "KL of the compiled step's answers: int8 " in ended.out and "The floor: KL " in ended.out
     assert int8["compiled"]["quality"]["text_id"] == int8["quality"]["text_id"]
 
