@@ -196,8 +196,10 @@ def take_smaller(best: Result, base: Result) -> str:
         interval = speed_interval(best, base)
         unsure = "about as fast" if is_about_one(interval) else "which decodes faster is not certain"
         line += f"; {unsure}{interval_text(interval, format_3g)}"
-    if device_peak(best) and device_peak(base) and not takes_less(best, base):
-        line += f". The program took no less memory, {memory_text(best)} against {memory_text(base)}"
+    ours, theirs = device_peak(best), device_peak(base)
+    if ours and theirs and ours >= theirs:
+        how = "more" if ours > theirs else "no less"
+        line += f". The program took {how} memory, {memory_text(best)} against {memory_text(base)}"
     return line + "."
 
 

@@ -74,6 +74,8 @@ def test_what_saves_no_memory_is_not_taken_for_it():
     faster = replace(int8, runs=runs(30, 30))
     assert "Take int8" in told(base, faster), "it is faster"
     assert told(base, faster).endswith(" The program took no less memory, 3.00 GiB against 3.00 GiB.")
+    large = replace(faster, memory={"peak of runs": {"rss": 4 * GIB}})
+    assert told(base, large).endswith(" The program took more memory, 4.00 GiB against 3.00 GiB.")
     lean = replace(faster, memory={"peak of runs": {"rss": 2 * GIB}})
     assert "no less memory" not in told(base, lean)
     # as SmolLM2's int8 on a CPU: faster decoding, slow prompts, more memory

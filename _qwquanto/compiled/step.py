@@ -299,8 +299,7 @@ class DecodeStep:
 
     def replay_s(self, length: int, times: int = 20) -> float:
         """Seconds that the GPU needs for a step after `length` tokens: of replays in a row."""
-        size = -(-length // BUCKET_TOKENS) * BUCKET_TOKENS
-        graph, _ = self.graphs[size]
+        graph, _ = self.graphs[-(-length // BUCKET_TOKENS) * BUCKET_TOKENS]
         self.position.fill_(length - 1)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         graph.replay()
